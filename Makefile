@@ -1,0 +1,54 @@
+# The environment is made by whichever target needs it first; `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+RUNS := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+SOURCES := src tests $(wildcard tools benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check static bench venv clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY) ## Local, FedAvg and FLEx on the embedded model and four Dolly clients, then a table (no download)
+	@set -e; for method in local fedavg flex; do \
+		echo "== $$method"; $(BIN)/fedgraft run demo --set method.name=$$method --out $(RUNS)/$$method >/dev/null; \
+	done
+	@$(BIN)/fedgraft compare $(RUNS)/local $(RUNS)/fedavg $(RUNS)/flex
+
+test: static ## Everything `check` does, then unit and contract tests
+	$(BIN)/python -m pytest
+
+check: static ## Format, lint, types and the architecture tests
+	$(BIN)/python -m pytest tests/architecture
+
+bench: $(READY) ## Compare a round with a plain PyTorch loop
+	$(BIN)/python benchmarks/plain_loop.py
+
+venv: $(READY) ## Make or refresh .venv with the tested versions
+
+clean: ## Remove caches and build output; keeps .venv and runs
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+
+static: $(READY)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+# One thread: faster than two on models this small. The malloc settings (glibc) keep freed big tensors mapped, so each step does not fault them in anew.
+demo test check bench: export OMP_NUM_THREADS := 1
+demo test check bench: export MALLOC_MMAP_THRESHOLD_ := 1073741824
+demo test check bench: export MALLOC_TRIM_THRESHOLD_ := 17179869184
+demo test check bench: export MALLOC_TOP_PAD_ := 268435456
+
+# torch first, alone and pinned: a resolver left to choose may fetch another build with gigabytes of CUDA packages.
+$(READY): pyproject.toml constraints.txt
+	@echo "making $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch==2.13.0
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@

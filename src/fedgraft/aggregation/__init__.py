@@ -1,0 +1,1 @@
+"""What happens on the server: its state, merges of replies, server steps."""

@@ -1,0 +1,60 @@
+"""Merges: many replies -> one delta. Every leaf is averaged over the clients that hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from fedgraft.tree import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One client's change of the shared leaves."""
+
+    client: str
+    delta: Tree
+    """Trained - received, float64."""
+    examples: int
+    """Training rows of the client."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """A merge rule and what it needs."""
+
+    run: Callable[[Iterable[Update]], Tree]
+    linear: bool
+    """A weighted sum of the deltas, so fit for secure aggregation."""
+    needs_each_reply: bool = False
+    """Must see every delta at once; else replies are folded one at a time."""
+
+
+def _weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Update]], Tree]:
+    """Running weighted mean per leaf in float64: exact for a single client, memory of one tree."""
+
+    def run(updates: Iterable[Update]) -> Tree:
+        mean: Tree = {}
+        total: dict[str, float] = {}
+        first: dict[str, str] = {}
+        for update in updates:
+            share = weight(update)
+            for key, delta in update.delta.items():
+                if key not in mean:
+                    mean[key], total[key], first[key] = delta.clone(), share, update.client
+                    continue
+                if mean[key].shape != delta.shape:
+                    shapes = f"{tuple(mean[key].shape)}, client {update.client!r} {tuple(delta.shape)}"
+                    raise ValueError(f"leaf {key!r}: client {first[key]!r} sent shape {shapes}")
+                total[key] += share
+                mean[key] += (delta - mean[key]) * (share / total[key])
+        return mean
+
+    return run
+
+
+by_examples = Merge(run=_weighted_mean(lambda update: float(update.examples)), linear=True)
+"""sum_c n_c delta_c / sum_c n_c over the holders of each leaf (McMahan et al. 2017)."""
+
+uniform = Merge(run=_weighted_mean(lambda update: 1.0), linear=True)
+"""Unweighted mean over the holders of each leaf."""

@@ -1,0 +1,74 @@
+"""Bundle: named trees and flat facts, all that crosses wire, disk and memory, through one codec (safetensors with a JSON header)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from safetensors.torch import load as decode_tensors
+from safetensors.torch import save as encode_tensors
+
+from fedgraft import files
+from fedgraft.tree import Tree, digest, digest_of_digests
+
+SCHEMA = 1
+Fact: TypeAlias = str | int | float | bool | None | list[Any] | dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """Trees by name and JSON facts by name. Names of trees contain no `/`."""
+
+    trees: dict[str, Tree] = field(default_factory=dict)
+    facts: dict[str, Fact] = field(default_factory=dict)
+
+    def tree(self, name: str) -> Tree:
+        """The tree of that name, empty when there is none."""
+        return self.trees.get(name, {})
+
+    def digest(self) -> str:
+        """Digest of the trees (facts such as timings don't count)."""
+        return digest_of_digests(f"{name} {digest(tree)}" for name, tree in sorted(self.trees.items()) if tree)
+
+    def encode(self) -> bytes:
+        """The bytes that travel and are stored."""
+        leaves = {f"{name}/{key}": leaf.detach().contiguous() for name, tree in self.trees.items() for key, leaf in tree.items()}
+        header = {"schema": str(SCHEMA), "facts": json.dumps(self.facts), "trees": json.dumps(sorted(self.trees))}
+        return encode_tensors(leaves, metadata=header)
+
+    @staticmethod
+    def decode(content: bytes, source: str = "message") -> Bundle:
+        """The inverse of `encode`.
+
+        Raises:
+            ValueError: damaged content or a newer schema; the message names `source`.
+        """
+        try:
+            size = int.from_bytes(content[:8], "little")
+            header = json.loads(content[8 : 8 + size])["__metadata__"]
+            schema, facts = int(header["schema"]), json.loads(header["facts"])
+            trees: dict[str, Tree] = {name: {} for name in json.loads(header["trees"])}
+            if schema <= SCHEMA:
+                for path, leaf in decode_tensors(content).items():
+                    name, key = path.split("/", 1)
+                    trees[name][key] = leaf
+        except Exception as error:
+            raise ValueError(f"{source}: damaged or not written by fedgraft ({type(error).__name__}: {error})") from error
+        if schema > SCHEMA:
+            raise ValueError(f"{source}: written by a newer fedgraft (schema {schema}, this one reads up to {SCHEMA}); upgrade fedgraft")
+        return Bundle(trees=trees, facts=facts)
+
+    def save(self, path: Path) -> None:
+        """Write to disk, atomically."""
+        files.write_bytes(path, self.encode())
+
+    @staticmethod
+    def load(path: Path) -> Bundle:
+        """Read from disk.
+
+        Raises:
+            ValueError: as `decode`, naming the file.
+        """
+        return Bundle.decode(path.read_bytes(), str(path))

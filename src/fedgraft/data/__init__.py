@@ -1,0 +1,1 @@
+"""Data: examples, datasets, their division among clients, and batches of token ids."""

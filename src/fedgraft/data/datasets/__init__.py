@@ -1,0 +1,1 @@
+"""One module per dataset: `METRIC` and `load(split, path)`."""

@@ -1,0 +1,1 @@
+"""The ways to reach clients behind `ask`: in process, or over Flower."""

@@ -1,0 +1,1 @@
+"""Personal quality, retained general knowledge, routing statistics."""

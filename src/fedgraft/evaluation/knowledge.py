@@ -1,0 +1,48 @@
+"""What general knowledge a model keeps: its loss on held-out text that no client trains on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedgraft.moe.load import Base
+from fedgraft.training.fit import autocast
+
+WINDOW = 512
+
+
+@lru_cache(maxsize=1)
+def general_texts() -> tuple[str, ...]:
+    """The shipped held-out documents."""
+    content = (resources.files("fedgraft") / "assets" / "general_text.jsonl.gz").read_bytes()
+    return tuple(json.loads(line)["text"] for line in gzip.decompress(content).decode().splitlines())
+
+
+def windows(tokenizer: Any, tokens: int) -> Tensor:
+    """[N, WINDOW] windows over the shipped text, N = tokens / WINDOW rounded up, documents taken in turn."""
+    ids: list[int] = []
+    for text in general_texts():
+        ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        if len(ids) >= tokens:
+            break
+    count = max(1, min(-(-tokens // WINDOW), len(ids) // WINDOW))
+    return torch.tensor(ids[: count * WINDOW]).view(count, -1)
+
+
+@torch.inference_mode()
+def general_loss(base: Base, tokens: int, precision: str) -> float:
+    """Mean nats per token of the model as it stands, over about `tokens` tokens of general text."""
+    losses = []
+    for batch in windows(base.tokenizer, tokens).split(8):
+        ids = batch.to(base.device)
+        with autocast(precision, base.device):
+            logits = base.model(input_ids=ids, use_cache=False).logits
+        losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"))
+    return float(torch.cat(losses).mean())

@@ -1,0 +1,1 @@
+"""Trainable inserts on a frozen MoE block, their leaves kept outside the base module."""

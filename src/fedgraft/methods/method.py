@@ -1,0 +1,158 @@
+"""The frame of every method: five fields and a few steps, whose defaults spell FedAvg (McMahan et al. 2017).
+
+A method is a frozen value; `build(**options)` in its own file returns one and states only what differs. Steps are plain functions that take
+the method first, the server's (`open`, `round`, `pack`, `absorb`) above the client's (`graft`, `train`, `answer`). State lives in
+`server.state` and `client.memory` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fedgraft.address import nothing, within
+from fedgraft.aggregation.merges import Merge, Update, by_examples
+from fedgraft.aggregation.server import Ask, Reply, Server
+from fedgraft.aggregation.server_steps import ServerStep, replace
+from fedgraft.bundle import Bundle, Fact
+from fedgraft.grafts.graft import Experts
+from fedgraft.selection.select import select_experts
+from fedgraft.training.client import Client
+from fedgraft.training.local_rules import LocalRule, plain
+from fedgraft.tree import Predicate, Tree, combine, partition, subtract
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """How a client predicts: the leaves in use and the source experts of its grafts."""
+
+    tree: Tree
+    experts: Experts
+
+
+def open_run(method: Method, server: Server, ask: Ask) -> None:
+    """First state: fresh shared leaves; a method with side experts has every client choose and grow its own."""
+    shared, _ = partition(server.fresh_shared() if "attention" in method.places else {}, lambda key: not method.personal(key))
+    server.state = Bundle(trees={"shared": shared})
+    if "side" in method.places:
+        for _ in ask("graft", {client: server.package() for client in server.clients}):
+            pass
+
+
+def federated_round(method: Method, server: Server, ask: Ask) -> None:
+    """One communication round: the sampled clients train, their updates become the new state."""
+    packages = {client: method.pack(method, server, client) for client in server.sampled()}
+    method.absorb(method, server, ask("train", packages))
+
+
+def pack_shared(method: Method, server: Server, client: str) -> Bundle:
+    """The shared leaves."""
+    return server.package({"shared": server.state.tree("shared")})
+
+
+def absorb_updates(method: Method, server: Server, replies: Iterator[Reply]) -> None:
+    """Merge the replies as they come and take the server step; no reply leaves the state as it is."""
+    shared = server.state.tree("shared")
+
+    def updates() -> Iterator[Update]:
+        for reply in replies:
+            examples = reply.bundle.facts["examples"]
+            assert isinstance(examples, int)
+            try:
+                delta = subtract(reply.bundle.tree("shared"), shared)
+            except ValueError as error:
+                raise ValueError(f"client {reply.client!r}: {error}") from error
+            yield Update(client=reply.client, delta=delta, examples=examples)
+
+    delta = method.merge.run(updates())
+    server.state = method.step(server.state, delta)
+
+
+def grow_graft(method: Method, client: Client, package: Bundle) -> Bundle:
+    """Choose the source experts on the client's own text and start its graft from them; replies with the choice alone."""
+    per_layer = client.model.graft_settings.per_layer
+    choice = select_experts(client.model.base, client.calibration(), client.selection, per_layer, client.seed, client.name)
+    client.remember(trees={}, facts={"experts": choice.experts})
+    client.remember(trees={"personal": personal_leaves(method, client)})
+    return Bundle(facts={"experts": choice.experts, "errors": choice.errors, "calibration_tokens": choice.tokens})
+
+
+def personal_leaves(method: Method, client: Client) -> Tree:
+    """The client's own leaves: those it remembers, else fresh ones."""
+    if "personal" in client.memory.trees:
+        return client.memory.tree("personal")
+    fresh: Tree = {}
+    if "attention" in method.places:
+        fresh |= client.model.fresh_attention(client.seed)
+    if "side" in method.places:
+        fresh |= client.model.fresh_side(client.experts, client.seed)
+    return partition(fresh, method.personal)[0]
+
+
+def train_round(method: Method, client: Client, package: Bundle) -> Bundle:
+    """Train shared and personal leaves together; remember both, send the shared ones."""
+    start = combine(package.tree("shared"), personal_leaves(method, client))
+    round_number, lr = package.facts["round"], package.facts["lr"]
+    assert isinstance(round_number, int)
+    assert isinstance(lr, float)
+    result = method.local(client, start, round_number, lr)
+    personal, shared = partition(result.tree, method.personal)
+    moments = {f"moments.{name}": tree for name, tree in result.moments.items()}
+    client.remember(trees={"personal": personal, "trained": shared, **moments})
+    facts: dict[str, Fact] = {"examples": client.examples, "loss": result.loss, "tokens": result.tokens, "seconds": result.seconds}
+    return Bundle(trees={"shared": shared}, facts=facts)
+
+
+def answer_as(method: Method, client: Client, package: Bundle) -> dict[str, Prediction]:
+    """The models to evaluate on a client.
+
+    `base`: no leaves. `shared`: the aggregated leaves without the personal ones, where a method has both. `trained`: personal and shared
+    leaves as local training left them, before aggregation. `personal`: the client's own leaves with the aggregated ones, the method's
+    product.
+    """
+    shared, personal = package.tree("shared"), personal_leaves(method, client)
+    models = {"base": Prediction(tree={}, experts=[])}
+    if shared and personal:
+        models["shared"] = Prediction(tree=shared, experts=[])
+    if client.memory.tree("trained"):
+        models["trained"] = Prediction(tree=combine(client.memory.tree("trained"), personal), experts=client.experts)
+    models["personal"] = Prediction(tree=combine(shared, personal), experts=client.experts)
+    return models
+
+
+ServerHalf: TypeAlias = Callable[["Method", Server, Ask], None]
+ClientHalf: TypeAlias = Callable[["Method", Client, Bundle], Bundle]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A federated method; the defaults are FedAvg on the attention LoRA."""
+
+    places: frozenset[str] = frozenset({"attention"})
+    """Where it has leaves: `attention`, `side`."""
+    personal: Predicate = nothing
+    """Leaves that never leave the client."""
+    local: LocalRule = plain
+    """How a client trains."""
+    merge: Merge = by_examples
+    """Many replies -> one delta."""
+    step: ServerStep = replace
+    """Delta -> new state."""
+    open: ServerHalf = open_run
+    round: ServerHalf = federated_round
+    pack: Callable[[Method, Server, str], Bundle] = pack_shared
+    absorb: Callable[[Method, Server, Iterator[Reply]], None] = absorb_updates
+    graft: ClientHalf = grow_graft
+    train: ClientHalf = train_round
+    answer: Callable[[Method, Client, Bundle], dict[str, Prediction]] = answer_as
+
+    @property
+    def sections(self) -> frozenset[str]:
+        """Recipe sections that have a meaning for this method, beyond those of every run."""
+        attention = {"lora"} if self.places else set()
+        return frozenset(attention | ({"graft", "selection"} if "side" in self.places else set()))
+
+
+side_only = within("side")
+"""Predicate: the leaves of the grafted experts and their gates."""

@@ -1,0 +1,207 @@
+"""A recipe: one run, one YAML file. Every layer defines its own section; here they are composed, read, checked and written."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError
+
+from fedgraft import plugins
+from fedgraft.aggregation.server import FederationSettings
+from fedgraft.data.settings import DataSettings
+from fedgraft.evaluation.settings import EvaluationSettings
+from fedgraft.grafts.lora import LoraSettings
+from fedgraft.grafts.side_expert import GraftSettings
+from fedgraft.methods.method import Method
+from fedgraft.moe.load import ModelSettings
+from fedgraft.selection.settings import SelectionSettings
+from fedgraft.settings import Section
+from fedgraft.training.settings import TrainingSettings
+
+METHOD_SECTIONS = frozenset({"lora", "graft", "selection"})
+
+
+class MethodSettings(Section):
+    """The method by name, and its own options as further keys."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str = "flex"
+    """A file in the methods folder; `fedgraft list methods` shows them."""
+
+
+class EngineSettings(Section):
+    """Where clients run."""
+
+    name: Literal["inprocess"] = "inprocess"
+    """`inprocess`: all clients in this process, one base model in memory."""
+
+
+class Recipe(Section):
+    """Everything that decides a run."""
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    method: MethodSettings = MethodSettings()
+    graft: GraftSettings = GraftSettings()
+    lora: LoraSettings = LoraSettings()
+    selection: SelectionSettings = SelectionSettings()
+    federation: FederationSettings = FederationSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    engine: EngineSettings = EngineSettings()
+    seed: int = Field(default=0, ge=0)
+    """Every random stream derives from it."""
+
+    def build_method(self) -> Method:
+        """The method with its options.
+
+        Raises:
+            ValueError: unknown method or option, or a section set that the method doesn't use.
+        """
+        options = dict(self.method.__pydantic_extra__ or {})
+        build = plugins.load("method", self.method.name).build
+        known = list(inspect.signature(build).parameters)
+        for option in options:
+            if option not in known:
+                listed = ", ".join(known) or "none"
+                raise ValueError(
+                    f"method.{option}: {self.method.name!r} has no such option{plugins.nearest(option, known)}; its options: {listed}"
+                )
+        method = build(**options)
+        assert isinstance(method, Method)
+        for section in sorted((self.model_fields_set & METHOD_SECTIONS) - method.sections):
+            raise ValueError(f"{section}: set in the recipe, but method {self.method.name!r} doesn't use it; remove the section")
+        return method
+
+    def complete(self) -> dict[str, Any]:
+        """The recipe with every default filled in, without sections that the method doesn't use."""
+        unused = METHOD_SECTIONS - self.build_method().sections
+        return self.model_dump(mode="json", exclude=set(unused))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are what people write: 4e-5 is one."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"),
+    list("-+0123456789."),
+)
+_Loader.yaml_implicit_resolvers = {
+    first: sorted(resolvers, key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def load_recipe(source: str | Path | dict[str, Any] | Recipe | None = None, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply `a.b=c` overrides.
+
+    Args:
+        source: a YAML file, the name of a shipped recipe, a dict, a `Recipe`, or None for the embedded demo.
+        overrides: assignments whose right side is YAML, as given to `--set`.
+
+    Raises:
+        ValueError: no such file, broken YAML, unknown key or bad value; names file and key.
+    """
+    if isinstance(source, Recipe) and not overrides:
+        return source
+    where = "recipe"
+    if isinstance(source, Recipe):
+        values = source.model_dump(mode="json", exclude_unset=True)
+    elif isinstance(source, dict):
+        values = source
+    else:
+        path = find_recipe(source)
+        where, values = str(path), read_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = dict(values or {})
+    values.pop("schema", None)  # a run's own recipe.yaml carries one
+    for override in overrides or []:
+        values = _assign(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {explain(error)}") from None
+
+
+def shipped() -> Path:
+    """The folder of the shipped recipes."""
+    return Path(__file__).parent / "assets" / "recipes"
+
+
+def find_recipe(source: str | Path | None) -> Path:
+    """The file of a recipe given by path or by the name of a shipped one; None is the demo.
+
+    Raises:
+        ValueError: neither.
+    """
+    if source is None:
+        return shipped() / "demo.yaml"
+    path = Path(source)
+    if path.is_file():
+        return path
+    named = shipped() / f"{source}.yaml"
+    if named.is_file():
+        return named
+    known = sorted(entry.stem for entry in shipped().glob("*.yaml"))
+    raise ValueError(f"{source}: no such recipe file{plugins.nearest(str(source), known)}; shipped recipes: {', '.join(known)}")
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Parse YAML.
+
+    Raises:
+        ValueError: broken YAML, naming the line, or not a mapping.
+    """
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{where}: a recipe is a mapping of sections, this is a {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set {override}: write section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {override}: the value is not valid YAML; quote it") from None
+    *sections, last = key.split(".")
+    result = place = dict(values)
+    for section in sections:
+        inner = place.get(section)
+        place[section] = dict(inner) if isinstance(inner, dict) else {}
+        place = place[section]
+    place[last] = value
+    return result
+
+
+def explain(error: ValidationError) -> str:
+    """One line per problem, naming the key, the nearest known key and the allowed values."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(tuple(problem["loc"][:-1]))
+            lines.append(f"unknown key {key!r}{plugins.nearest(str(problem['loc'][-1]), known)}; there are: {', '.join(known)}")
+        else:
+            lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+    return "\n".join(lines)
+
+
+def _known_keys(sections: tuple[Any, ...]) -> list[str]:
+    model: Any = Recipe
+    for section in sections:
+        model = model.model_fields[section].annotation
+    return list(model.model_fields)

@@ -1,0 +1,119 @@
+"""The record of a run, read from its folder alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedgraft import files
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a run left behind; parts that it has not reached are empty."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    selection: dict[str, Any]
+    """Client -> {experts [L][r], errors [L][E], calibration_tokens}."""
+    results: dict[str, Any]
+    """Client -> model -> figure -> value."""
+    digest: str
+
+    @staticmethod
+    def load(folder: Path | str) -> Record:
+        """Read a run folder.
+
+        Raises:
+            ValueError: it is no run folder, or a file in it is damaged or newer than this fedgraft.
+        """
+        folder = Path(folder)
+        if not (folder / "recipe.yaml").is_file():
+            raise ValueError(f"{folder}: not a run folder (it has no recipe.yaml)")
+        digest = folder / "digest.txt"
+        return Record(
+            folder=folder,
+            recipe=read_recipe(folder / "recipe.yaml"),
+            environment=read_document(folder / "environment.json"),
+            rounds=files.read_lines(folder / "rounds.jsonl"),
+            selection=read_document(folder / "selection.json").get("clients", {}),
+            results=read_document(folder / "results.json").get("clients", {}),
+            digest=digest.read_text().strip() if digest.exists() else "",
+        )
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return str(self.recipe["method"]["name"])
+
+    @property
+    def finished(self) -> bool:
+        """All rounds done and evaluated."""
+        return bool(self.results) and bool(self.digest)
+
+    def figures(self, model: str, figure: str) -> dict[str, float]:
+        """Client -> value of one figure of one model, where measured."""
+        return {client: models[model][figure] for client, models in self.results.items() if figure in models.get(model, {})}
+
+
+def summary(values: dict[str, float], higher_is_better: bool) -> dict[str, float]:
+    """Mean, standard deviation over clients (sample form; 0 for one client) and the worst client's value."""
+    numbers = list(values.values())
+    return {
+        "mean": statistics.fmean(numbers),
+        "std": statistics.stdev(numbers) if len(numbers) > 1 else 0.0,
+        "worst": min(numbers) if higher_is_better else max(numbers),
+    }
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON document written by fedgraft, {} when there is none.
+
+    Raises:
+        ValueError: damaged, or a newer schema; names the file.
+    """
+    if not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        schema = int(document.get("schema", 0))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+    if schema > SCHEMA:
+        raise ValueError(f"{path}: written by a newer fedgraft (schema {schema}, this one reads up to {SCHEMA}); upgrade fedgraft")
+    return dict(document)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The complete recipe of a run.
+
+    Raises:
+        ValueError: damaged, or a newer schema; names the file.
+    """
+    try:
+        values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        schema = int(values.pop("schema"))
+    except (yaml.YAMLError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+    if schema > SCHEMA:
+        raise ValueError(f"{path}: written by a newer fedgraft (schema {schema}, this one reads up to {SCHEMA}); upgrade fedgraft")
+    return values
+
+
+def write_recipe(path: Path, recipe: dict[str, Any]) -> None:
+    """Write the complete recipe, atomically."""
+    files.write_text(path, yaml.safe_dump({"schema": SCHEMA, **recipe}, sort_keys=False, allow_unicode=True))
+
+
+def write_document(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON document with its schema version, atomically."""
+    files.write_json(path, {"schema": SCHEMA, **content})

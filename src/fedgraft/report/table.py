@@ -1,0 +1,86 @@
+"""Tables of one run and of several, as plain data that a terminal or a page can draw."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedgraft.report.record import Record, summary
+
+FIGURES = {  # figure -> (heading, higher is better, digits)
+    "loss": ("response loss (nats/token)", False, 3),
+    "token_accuracy": ("token accuracy", True, 3),
+    "rougeL": ("ROUGE-L F1 (%)", True, 2),
+    "general_loss": ("loss on held-out general text (nats/token)", False, 3),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One figure: rows are clients and their summary, columns are models or runs."""
+
+    figure: str
+    title: str
+    digits: int
+    columns: list[str]
+    clients: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Client -> column -> value."""
+    summary: dict[str, dict[str, float]] = field(default_factory=dict)
+    """mean, std, worst -> column -> value."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {"figure": self.figure, "title": self.title, "columns": self.columns, "clients": self.clients, "summary": self.summary}
+
+
+def _table(figure: str, columns: dict[str, dict[str, float]]) -> Table:
+    title, higher, digits = FIGURES[figure]
+    columns = {name: values for name, values in columns.items() if values}
+    clients = sorted({client for values in columns.values() for client in values})
+    sums = {name: summary(values, higher) for name, values in columns.items()}
+    return Table(
+        figure=figure,
+        title=title,
+        digits=digits,
+        columns=list(columns),
+        clients={client: {name: values[client] for name, values in columns.items() if client in values} for client in clients},
+        summary={row: {name: sums[name][row] for name in columns} for row in ("mean", "std", "worst")},
+    )
+
+
+def run_tables(record: Record) -> list[Table]:
+    """One table per figure: clients x models of one run."""
+    models = list(dict.fromkeys(model for client in record.results.values() for model in client))
+    tables = [_table(figure, {model: record.figures(model, figure) for model in models}) for figure in FIGURES]
+    return [table for table in tables if table.columns]
+
+
+def compare_tables(records: Sequence[Record]) -> list[Table]:
+    """One table per figure: clients x runs, the base model first; each run is its `personal` model."""
+    names = labels(records)
+    tables = []
+    for figure in FIGURES:
+        base = next((values for record in records if (values := record.figures("base", figure))), {})
+        runs = {name: record.figures("personal", figure) for name, record in zip(names, records, strict=True)}
+        tables.append(_table(figure, {"base": base, **runs}))
+    return [table for table in tables if table.columns]
+
+
+def labels(records: Sequence[Record]) -> list[str]:
+    """A short name for each run: its method, with the folder's name where two runs share a method."""
+    often = Counter(record.method for record in records)
+    return [record.method if often[record.method] == 1 else f"{record.method} ({record.folder.name})" for record in records]
+
+
+def cost(record: Record) -> dict[str, Any]:
+    """Bytes, tokens and seconds of a run, from its round lines."""
+    rounds = record.rounds
+    return {
+        "rounds": len(rounds),
+        "bytes_up_per_round": round(sum(line["bytes_up"] for line in rounds) / max(1, len(rounds))),
+        "bytes_down_per_round": round(sum(line["bytes_down"] for line in rounds) / max(1, len(rounds))),
+        "training_tokens": sum(line["tokens"] for line in rounds),
+        "training_seconds": round(sum(line["seconds"] for line in rounds), 2),
+    }

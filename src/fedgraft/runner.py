@@ -1,0 +1,268 @@
+"""One run from recipe to record: load, open, rounds, evaluation; every step can be killed and resumed.
+
+Order of writes in a round: client memories, then the line of `rounds.jsonl`, then the server's state, whose rename commits the round. On
+resume, lines of rounds that were not committed are dropped and clients read the memory version that belongs to the commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedgraft import files
+from fedgraft.aggregation.server import Reply, Server
+from fedgraft.bundle import Bundle
+from fedgraft.data.partition import ClientData, counts, load_clients
+from fedgraft.engine.inprocess import InProcess
+from fedgraft.evaluation.personal import evaluate_client
+from fedgraft.grafts.graft import GraftedModel
+from fedgraft.moe.load import load_base
+from fedgraft.recipe import Recipe, load_recipe
+from fedgraft.report.progress import Progress, Quiet
+from fedgraft.report.record import Record, read_document, read_recipe, write_document, write_recipe
+from fedgraft.training.client import Client, MemoryStore
+from fedgraft.tree import digest_of_digests
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+
+
+def run(
+    recipe: str | Path | dict[str, Any] | Recipe | None = None,
+    *,
+    out: str | Path | None = None,
+    overrides: list[str] | None = None,
+    progress: Progress | None = None,
+) -> Record:
+    """Run a recipe into a new folder.
+
+    Args:
+        recipe: YAML file, name of a shipped recipe, dict or `Recipe`; None is the embedded demo.
+        out: the run folder, which must not exist or be empty; None makes one under `runs/`.
+        overrides: `section.key=value` assignments.
+        progress: where to report; None says nothing.
+
+    Raises:
+        ValueError: bad recipe, data or model; the message names file, key or client and the remedy.
+    """
+    checked = load_recipe(recipe, overrides)
+    checked.build_method()
+    folder = Path(out) if out is not None else _new_folder(checked.method.name)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is never overwritten; choose another --out, or continue it with: fedgraft resume {folder}")
+    session = Session(_absolute(checked), folder, progress or Quiet())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_document(folder / "environment.json", session.environment())
+    write_recipe(folder / "recipe.yaml", session.recipe.complete())
+    return session.go()
+
+
+def resume(folder: str | Path, *, rounds: int | None = None, progress: Progress | None = None) -> Record:
+    """Continue a run where it stopped, or extend a finished one to `rounds`.
+
+    Raises:
+        ValueError: no run folder; fewer rounds than are done; the base model or the data are not those the run began with.
+    """
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{folder}: not a run folder (it has no recipe.yaml)")
+    recipe = load_recipe(read_recipe(folder / "recipe.yaml"))
+    if rounds is not None:
+        recipe = load_recipe(recipe, [f"federation.rounds={rounds}"])
+    session = Session(recipe, folder, progress or Quiet())
+    before = read_document(folder / "environment.json")
+    for part, remedy in (("base_digest", "the base model"), ("data_digest", "the data")):
+        if before.get(part) != session.environment()[part]:
+            raise ValueError(f"{folder}: {remedy} differs from the one this run began with; restore it, or start a new run")
+    done = session.restore()
+    if rounds is not None:
+        if rounds < done:
+            raise ValueError(f"{folder}: {done} rounds are done already; --rounds must not be below that")
+        write_recipe(folder / "recipe.yaml", recipe.complete())
+    return session.go()
+
+
+class Session:
+    """A run in memory."""
+
+    def __init__(self, recipe: Recipe, folder: Path, progress: Progress) -> None:
+        self.recipe, self.folder, self.progress = recipe, folder, progress
+        self.method = recipe.build_method()
+        self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
+        base = load_base(recipe.model)
+        self.model = GraftedModel(base, recipe.lora, recipe.graft)
+        self.engine = InProcess(
+            questions={
+                "graft": lambda client, package: self.method.graft(self.method, client, package),
+                "train": lambda client, package: self.method.train(self.method, client, package),
+                "evaluate": lambda client, package: evaluate_client(self.method, client, package, recipe.evaluation),
+            },
+            open_client=self._open_client,
+            store=MemoryStore(folder / "clients"),
+        )
+        self.server = Server(
+            clients=list(self.clients),
+            seed=recipe.seed,
+            federation=recipe.federation,
+            lr=recipe.training.lr,
+            lr_min=recipe.training.lr_min,
+            fresh_shared=lambda: self.model.fresh_attention(recipe.seed),
+        )
+        self.opened = False
+        self.replies: dict[str, dict[str, Any]] = {}
+
+    def go(self) -> Record:
+        """From wherever the run stands to its end."""
+        try:
+            if not self.opened:
+                self._open()
+            left = self.recipe.federation.rounds - self.server.round
+            if left > 0:
+                self.progress.begin("training", left * len(self.server.sampled()))
+            while self.server.round < self.recipe.federation.rounds:
+                self._round()
+            self._evaluate()
+        finally:
+            self.progress.close()
+        return Record.load(self.folder)
+
+    def restore(self) -> int:
+        """Take up the committed state, drop what was not committed; returns the finished rounds."""
+        path = self.folder / "state" / "state.safetensors"
+        if not path.exists():
+            return 0
+        state = Bundle.load(path)
+        done, asked = state.facts["round"], state.facts["asked"]
+        assert isinstance(done, int)
+        assert isinstance(asked, int)
+        self.server.state, self.server.round = state, done
+        self.engine.asked = self.engine.committed = asked
+        self.opened = True
+        lines = files.read_lines(self.folder / "rounds.jsonl")
+        kept = [line for line in lines if line["round"] < done]
+        if len(kept) != len(lines):
+            files.write_text(self.folder / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        return done
+
+    def environment(self) -> dict[str, Any]:
+        """What the run ran on, and the digests that a resume compares."""
+        text = [f"{row}" for data in self.clients.values() for part in (data.train, data.validation, data.test) for row in part]
+        return {
+            "fedgraft": metadata.version("fedgraft") if _installed("fedgraft") else "source",
+            "packages": {name: metadata.version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "device": str(self.model.base.device),
+            "command": sys.argv,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "base": self.model.base.name,
+            "base_digest": self.model.base.digest,
+            "data_digest": hashlib.sha256("\n".join(text).encode()).hexdigest(),
+            "clients": counts(list(self.clients.values())),
+        }
+
+    def _open_client(self, name: str) -> Client:
+        recipe = self.recipe
+        return Client(
+            data=self.clients[name],
+            model=self.model,
+            seed=recipe.seed,
+            data_settings=recipe.data,
+            training=recipe.training,
+            selection=recipe.selection,
+        )
+
+    def _ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
+        """The engine's ask; keeps each reply's facts for the record and reports progress."""
+        for reply in self.engine.ask(question, packages):
+            facts = dict(reply.bundle.facts)
+            self.replies[reply.client] = facts
+            loss = facts.get("loss")
+            note = f"round {self.server.round + 1}  {reply.client}" + (f"  loss {loss:.3f}" if isinstance(loss, float) else "")
+            self.progress.step(note if question == "train" else reply.client)
+            yield reply
+
+    def _open(self) -> None:
+        if "side" in self.method.places:
+            self.progress.begin("selection", len(self.clients))
+        self.method.open(self.method, self.server, self._ask)
+        if self.replies:
+            write_document(self.folder / "selection.json", {"clients": self.replies})
+        self._commit()
+        self.opened = True
+
+    def _round(self) -> None:
+        self.replies, began = {}, time.perf_counter()
+        self.engine.traffic.down = self.engine.traffic.up = 0
+        lr = self.server.round_lr()
+        self.method.round(self.method, self.server, self._ask)
+        clients = {
+            name: {key: facts[key] for key in ("loss", "tokens", "seconds", "examples") if key in facts}
+            for name, facts in self.replies.items()
+        }
+        losses = [facts["loss"] for facts in clients.values() if "loss" in facts]
+        line = {
+            "round": self.server.round,
+            "lr": lr,
+            "loss": sum(losses) / len(losses) if losses else None,
+            "seconds": round(time.perf_counter() - began, 4),
+            "tokens": sum(facts.get("tokens", 0) for facts in clients.values()),
+            "bytes_down": self.engine.traffic.down,
+            "bytes_up": self.engine.traffic.up,
+            "clients": clients,
+        }
+        files.append_line(self.folder / "rounds.jsonl", line)
+        self.server.round += 1
+        self._commit()
+
+    def _commit(self) -> None:
+        facts = {**self.server.state.facts, "round": self.server.round, "asked": self.engine.asked}
+        self.server.state = Bundle(trees=self.server.state.trees, facts=facts)
+        self.server.state.save(self.folder / "state" / "state.safetensors")
+        self.engine.committed = self.engine.asked
+
+    def _evaluate(self) -> None:
+        """Measure every client's models, then write results and digests."""
+        self.progress.begin("evaluation", len(self.clients))
+        packages = {client: self.method.pack(self.method, self.server, client) for client in self.clients}
+        asked = self.engine.asked
+        results = {reply.client: reply.bundle.facts["models"] for reply in self._ask("evaluate", packages)}
+        self.engine.asked = asked  # evaluation leaves no trace in memories, so it can be repeated
+        write_document(
+            self.folder / "results.json", {"rounds": self.server.round, "split": self.recipe.evaluation.split, "clients": results}
+        )
+        digests = {name: self.engine.store.load(name, asked).digest() for name in self.clients}
+        state = self.server.state.digest()
+        write_document(self.folder / "digest.json", {"state": state, "clients": digests})
+        files.write_text(self.folder / "digest.txt", digest_of_digests([state, *(digests[name] for name in sorted(digests))]) + "\n")
+
+
+def _new_folder(method: str) -> Path:
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{method}-{stamp}"
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """The recipe with local paths made absolute, so that it can be resumed from anywhere."""
+    if not recipe.data.path:
+        return recipe
+    data = recipe.data.model_copy(update={"path": str(Path(recipe.data.path).expanduser().resolve())})
+    return recipe.model_copy(update={"data": data})
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Which experts a client holds: criteria, assignment under budgets, placements."""

@@ -1,0 +1,40 @@
+"""A client's choice of source experts, from its own text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fedgraft import plugins, seeds
+from fedgraft.data.batches import Batch
+from fedgraft.moe.load import Base
+from fedgraft.selection.choose import choose, losses
+from fedgraft.selection.profile import measure
+from fedgraft.selection.settings import SelectionSettings
+
+CPU_TOKENS, GPU_TOKENS = 4_096, 128 * 2_048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What selection found."""
+
+    experts: list[list[int]]
+    """Source experts [L][r]."""
+    errors: list[list[float]]
+    """||R - E_e||^2 / ||R||^2 per layer and expert [L][E]."""
+    tokens: int
+    """Calibration tokens seen."""
+
+
+def select_experts(base: Base, batches: Iterable[Batch], settings: SelectionSettings, per_layer: int, seed: int, client: str) -> Choice:
+    """Measure one profile on the unmodified model and choose `per_layer` experts in every layer.
+
+    Raises:
+        ValueError: unknown criterion, or more grafts than experts.
+    """
+    wanted = settings.tokens or (CPU_TOKENS if base.device.type == "cpu" else GPU_TOKENS)
+    criterion = plugins.load("criterion", settings.criterion)
+    profile = measure(base, batches, wanted, gram=per_layer > 1 and getattr(criterion, "SUBSETS", False))
+    experts = choose(settings.criterion, profile, per_layer, seeds.numpy_rng(seed, "selection", client))
+    return Choice(experts=experts, errors=losses(profile), tokens=profile.tokens)

@@ -1,0 +1,1 @@
+"""What happens on a client: one training loop, the client's memory, local rules."""

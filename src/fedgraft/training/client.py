@@ -1,0 +1,141 @@
+"""A client as methods see it: its name, rows, memory and the calls it may make. One is alive at a time per process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedgraft import seeds
+from fedgraft.bundle import Bundle
+from fedgraft.data.batches import Batch, collate, encode, round_rows
+from fedgraft.data.example import Example
+from fedgraft.data.partition import ClientData
+from fedgraft.data.settings import DataSettings
+from fedgraft.grafts.graft import Experts, GraftedModel
+from fedgraft.selection.settings import SelectionSettings
+from fedgraft.training.fit import Fit, NotFiniteError, Penalty, fit
+from fedgraft.training.settings import TrainingSettings
+from fedgraft.tree import Tree
+
+
+@dataclass(kw_only=True)
+class Client:
+    """What a method may touch on a site. `memory` is all that lasts between questions; it never leaves the site."""
+
+    data: ClientData
+    model: GraftedModel
+    seed: int
+    data_settings: DataSettings
+    training: TrainingSettings
+    selection: SelectionSettings
+    memory: Bundle = field(default_factory=Bundle)
+
+    @property
+    def name(self) -> str:
+        """The client's name, also the name of its folder."""
+        return self.data.name
+
+    @property
+    def examples(self) -> int:
+        """Number of training rows, the weight of FedAvg."""
+        return len(self.data.train)
+
+    @property
+    def experts(self) -> Experts:
+        """Source experts of its grafts [L][r]; empty before selection."""
+        experts: Any = self.memory.facts.get("experts", [])
+        return [list(chosen) for chosen in experts]
+
+    def remember(self, *, trees: Mapping[str, Tree], facts: Mapping[str, Any] | None = None) -> None:
+        """Replace the named trees and facts of the memory; the others stay."""
+        self.memory = Bundle(trees={**self.memory.trees, **trees}, facts={**self.memory.facts, **(facts or {})})
+
+    def batches(self, round_number: int) -> list[list[Batch]]:
+        """The batches of one round: `steps` lists of `accumulation` parts. A function of seed, client and round."""
+        per_round = self.training.steps * self.training.batch_size
+        order = round_rows(self.examples, per_round, round_number, self.seed, self.name)
+        rows = [self._row(self.data.train[index]) for index in order]
+        size = self.training.batch_size
+        part = -(-size // self.training.accumulation)
+        steps = [rows[start : start + size] for start in range(0, per_round, size)]
+        pad = self.model.base.pad_id
+        return [[collate(step[at : at + part], pad) for at in range(0, len(step), part)] for step in steps]
+
+    def calibration(self, batch_size: int = 8) -> Iterator[Batch]:
+        """Batches of its own prompt + response text in a random order of its own, for expert selection."""
+        order = seeds.numpy_rng(self.seed, "calibration", self.name).permutation(self.examples)
+        for start in range(0, len(order), batch_size):
+            rows = [self._row(self.data.train[int(index)]) for index in order[start : start + batch_size]]
+            yield collate(rows, self.model.base.pad_id).to(self.model.base.device)
+
+    def fit(
+        self,
+        trained: Mapping[str, Tensor],
+        *,
+        round_number: int,
+        lr: float,
+        fixed: Mapping[str, Tensor] | None = None,
+        penalty: Penalty | None = None,
+        moments: Mapping[str, Tree] | None = None,
+        purpose: str = "fit",
+    ) -> Fit:
+        """`training.fit` on this round's batches.
+
+        Raises:
+            NotFiniteError: naming the client; its memory is untouched.
+        """
+        try:
+            return fit(
+                self.model,
+                trained,
+                self.batches(round_number),
+                self.training,
+                lr=lr,
+                seed=seeds.derive(self.seed, purpose, round_number, self.name),
+                experts=self.experts,
+                fixed=fixed,
+                penalty=penalty,
+                moments=moments,
+            )
+        except NotFiniteError as error:
+            raise NotFiniteError(f"client {self.name!r}, round {round_number}: {error}") from error
+
+    def _row(self, example: Example) -> Any:
+        settings = self.data_settings
+        return encode(example, self.model.base.tokenizer, settings.template, settings.max_length)[0]
+
+
+class MemoryStore:
+    """Client memories on disk: `<folder>/<client>/memory-<version>.safetensors`.
+
+    Version v is what the client knew after ask number v - 1. The newest version that the coordinator has committed is kept beside newer
+    ones, so a coordinator that went back to its last commit finds the memory that belongs to it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, client: str, at_most: int) -> Bundle:
+        """The newest memory of a version not above `at_most`; an empty one before the first."""
+        versions = [version for version in self.versions(client) if version <= at_most]
+        return Bundle.load(self._path(client, max(versions))) if versions else Bundle()
+
+    def save(self, client: str, version: int, memory: Bundle, committed: int) -> None:
+        """Write one version; drop those that neither the commit nor this write needs."""
+        memory.save(self._path(client, version))
+        versions = self.versions(client)
+        needed = {version, max((old for old in versions if old <= committed), default=version)}
+        for old in versions:
+            if old not in needed and (old < max(needed) or old > version):
+                self._path(client, old).unlink()
+
+    def versions(self, client: str) -> list[int]:
+        """Versions on disk, ascending."""
+        return sorted(int(path.stem.removeprefix("memory-")) for path in (self.folder / client).glob("memory-*.safetensors"))
+
+    def _path(self, client: str, version: int) -> Path:
+        return self.folder / client / f"memory-{version:07d}.safetensors"

@@ -1,0 +1,157 @@
+"""The only training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedgraft import seeds
+from fedgraft.data.batches import Batch
+from fedgraft.grafts.graft import Experts, GraftedModel
+from fedgraft.training.settings import TrainingSettings
+from fedgraft.tree import Tree, clone, combine
+
+Penalty: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
+"""Extra loss term of the trained leaves (FedProx, Ditto, ...), added once per optimiser step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What one call of `fit` leaves behind."""
+
+    tree: Tree
+    """The trained leaves, fp32."""
+    loss: float
+    """Mean response loss over all steps, nats per response token."""
+    tokens: int
+    """Tokens that went through the model, padding not counted."""
+    seconds: float
+    moments: dict[str, Tree] = field(default_factory=dict)
+    """AdamW's state by name (exp_avg, exp_avg_sq, step), for `optimizer_state: kept`."""
+
+
+class NotFiniteError(ValueError):
+    """The loss became NaN or infinite."""
+
+
+def fit(
+    model: GraftedModel,
+    trained: Mapping[str, Tensor],
+    steps: Sequence[Sequence[Batch]],
+    settings: TrainingSettings,
+    *,
+    lr: float,
+    seed: int,
+    experts: Experts,
+    fixed: Mapping[str, Tensor] | None = None,
+    penalty: Penalty | None = None,
+    moments: Mapping[str, Tree] | None = None,
+) -> Fit:
+    """Train a copy of the leaves `trained` with AdamW; `fixed` leaves are in use but not changed.
+
+    Args:
+        model: the shared grafted base, frozen.
+        trained: start values; not modified.
+        steps: the batches of every optimiser step, one per accumulation part.
+        settings: optimiser, precision, checkpointing.
+        lr: learning rate of this round.
+        seed: seed of everything random inside (dropout).
+        experts: source experts of the client's grafts.
+        fixed: further leaves of the client's model.
+        penalty: extra loss term.
+        moments: AdamW's state from an earlier call, to continue with.
+
+    Raises:
+        NotFiniteError: the loss became NaN or infinite; nothing is returned, so the caller's leaves stand.
+    """
+    leaves = {key: leaf.requires_grad_() for key, leaf in clone(trained).items()}
+    order = sorted(leaves)
+    optimizer = torch.optim.AdamW([leaves[key] for key in order], lr=lr, weight_decay=settings.weight_decay, foreach=True)
+    if moments:
+        _restore(optimizer, order, leaves, moments)
+    began, total, tokens = time.perf_counter(), 0.0, 0
+    with _training(model, settings), seeds.torch_default(seed), model.using(combine(leaves, fixed or {}), experts):
+        for parts in steps:
+            loss = _step(model, parts, settings, leaves, penalty)
+            if not math.isfinite(loss):
+                raise NotFiniteError(f"the loss became {loss}; lower training.lr, or check the data for rows without text")
+            torch.nn.utils.clip_grad_norm_([leaves[key] for key in order], settings.clip, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total += loss
+            tokens += sum(part.tokens for part in parts)
+    kept = _moments(optimizer, order, leaves) if settings.optimizer_state == "kept" else {}
+    return Fit(tree=clone(leaves), loss=total / len(steps), tokens=tokens, seconds=time.perf_counter() - began, moments=kept)
+
+
+def response_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed cross-entropy (nats) of the response tokens; logits [B, T, V], labels [B, T] with -100 elsewhere, unshifted."""
+    wanted = labels[:, 1:]
+    chosen = wanted != -100
+    return F.cross_entropy(logits[:, :-1][chosen].float(), wanted[chosen], reduction="sum")
+
+
+def autocast(precision: str, device: torch.device) -> Any:
+    """The autocast context of a precision setting."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _step(
+    model: GraftedModel, parts: Sequence[Batch], settings: TrainingSettings, leaves: Mapping[str, Tensor], penalty: Penalty | None
+) -> float:
+    """Gradients of one optimiser step; returns its mean response loss. Parts are weighted by their response tokens."""
+    count = max(1, sum(part.response_tokens for part in parts))
+    device = model.base.device
+    losses = []
+    for part in parts:
+        batch = part.to(device)
+        with autocast(settings.precision, device):
+            output = model.base.model(
+                input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, output_router_logits=settings.router_aux > 0
+            )
+        loss = response_loss(output.logits, batch.labels) / count
+        losses.append(loss.detach())
+        if settings.router_aux > 0:
+            loss = loss + settings.router_aux * output.aux_loss * (part.response_tokens / count)
+        loss.backward()
+    if penalty is not None:
+        penalty(leaves).backward()
+    return float(torch.stack(losses).sum())
+
+
+@contextmanager
+def _training(model: GraftedModel, settings: TrainingSettings) -> Iterator[None]:
+    """Train mode (dropout) and, if wanted, gradient checkpointing; eval mode afterwards."""
+    network = model.base.model
+    network.train()
+    if settings.checkpointing:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if settings.checkpointing:
+            network.gradient_checkpointing_disable()
+        network.eval()
+
+
+def _moments(optimizer: torch.optim.Optimizer, order: Sequence[str], leaves: Mapping[str, Tensor]) -> dict[str, Tree]:
+    kept: dict[str, Tree] = {"exp_avg": {}, "exp_avg_sq": {}, "step": {}}
+    for key in order:
+        state = optimizer.state[leaves[key]]
+        for name, tree in kept.items():
+            tree[key] = state[name].detach().clone()
+    return kept
+
+
+def _restore(optimizer: torch.optim.Optimizer, order: Sequence[str], leaves: Mapping[str, Tensor], moments: Mapping[str, Tree]) -> None:
+    for key in order:
+        if key in moments["step"]:
+            optimizer.state[leaves[key]] = {name: tree[key].clone() for name, tree in moments.items()}

@@ -1,0 +1,36 @@
+"""How a client trains."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fedgraft.settings import Section
+
+
+class TrainingSettings(Section):
+    """The local optimiser loop; the defaults are the paper's."""
+
+    steps: int = Field(default=5, ge=1)
+    """Optimiser steps a round."""
+    batch_size: int = Field(default=4, ge=1)
+    """Examples per optimiser step."""
+    accumulation: int = Field(default=1, ge=1)
+    """Forward passes a step's examples are spread over; lowers memory, changes nothing else."""
+    lr: float = Field(default=4e-5, gt=0)
+    """AdamW learning rate of the first round."""
+    lr_min: float = Field(default=1e-6, ge=0)
+    """Learning rate that the cosine over rounds ends at; constant inside a round."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm over all trained leaves of a client."""
+    optimizer_state: Literal["fresh", "kept"] = "fresh"
+    """`fresh`: AdamW starts anew every round; `kept`: its moments stay on the client between rounds."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` runs the forward under autocast; leaves and optimiser stay in fp32."""
+    checkpointing: bool = False
+    """Gradient checkpointing: less memory, one more forward."""
+    router_aux: float = Field(default=0.0, ge=0)
+    """Coefficient of the router's load-balancing loss; 0 because the router is frozen, the paper's recipes use the model's own 0.001."""

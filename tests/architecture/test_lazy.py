@@ -1,0 +1,39 @@
+"""Start-up stays light: importing the command line loads none of the heavy libraries."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {
+    "torch",
+    "numpy",
+    "scipy",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "pydantic",
+    "matplotlib",
+    "datasets",
+    "flwr",
+    "rouge_score",
+    "jinja2",
+}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level packages in sys.modules after the statement ran in a fresh interpreter."""
+    code = f"import sys, json\n{statement}\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("statement", ["import fedgraft", "import fedgraft.cli", "import fedgraft; dir(fedgraft)"])
+def test_start_up_loads_nothing_heavy(statement):
+    assert loaded_by(statement) & HEAVY == set()
+
+
+def test_the_probe_sees_what_is_loaded():
+    assert "fractions" in loaded_by("import fractions")
