@@ -2,8 +2,8 @@
 
     python tools/results.py --section main-job runs/main/*
 
-Runs that differ only in their seed are one row. Every figure is mean +- sample standard deviation over seeds of the mean over clients of the
-`personal` model on the split the runs were evaluated on. The text between the section's markers is replaced.
+Runs that differ only in their seed are one row. Every figure is mean ± sample standard deviation over seeds of the mean over clients of
+the `personal` model on the split the runs were evaluated on. The text between the section's markers is replaced.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def section(records: list[Record]) -> str:
     clients = sorted({client for record in records for client in record.results})
     rows = [("base", "base", [record for record in records if record.figures("base", "loss")])]
     rows += [(label, "personal", group) for label, group in groups.items()]
-    lines = ["| run | seeds | " + " | ".join(FIGURES[figure][0] for figure in shown) + " | MB up a round |", "|---" * (len(shown) + 3) + "|"]
+    lines = [
+        "| run | seeds | " + " | ".join(FIGURES[figure][0] for figure in shown) + " | MB up a round |",
+        "|---" * (len(shown) + 3) + "|",
+    ]
     for label, model, group in rows:
         cells = []
         for figure in shown:
@@ -76,7 +79,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--section", required=True, help="name of the markers <!-- NAME: begin --> and <!-- NAME: end --> in docs/results.md")
+    parser.add_argument(
+        "--section", required=True, help="name of the markers <!-- NAME: begin --> and <!-- NAME: end --> in docs/results.md"
+    )
     options = parser.parse_args()
     table = section([Record.load(folder) for folder in options.runs])
     begin, end = f"<!-- {options.section}: begin -->", f"<!-- {options.section}: end -->"

@@ -36,7 +36,8 @@ CORPUS = {  # passes over each source in one epoch of the first stage
     "medquad": 0.8,
 }
 CHAT = {"dolly": 3.0, "medquad_chat": 0.5, "wikinews": 0.4, "tinystories_sample": 0.3, "short_stories": 0.05}
-BALANCE = 0.01
+BALANCE = 0.02
+DEAD = 0.005  # an expert that serves a smaller share of a layer's held-out tokens than this is started anew
 
 
 def build_config(tokenizer_size: int, end: int, pad: int) -> Qwen2MoeConfig:
@@ -159,8 +160,8 @@ def learning_rate(step: int, stable: int, total: int, warmup: int = 60) -> float
 
 
 @torch.no_grad()
-def evaluate(model: Qwen2MoeForCausalLM, folder: Path, length: int = 512, rows: int = 8) -> dict[str, object]:
-    """Held-out nats per token of every source, and the share of tokens of the least and most used expert over all layers."""
+def evaluate(model: Qwen2MoeForCausalLM, folder: Path, length: int = 512, rows: int = 8) -> tuple[dict[str, float], Tensor]:
+    """(held-out nats per token of every source, share of the tokens by layer and expert [L, E])."""
     model.eval()
     losses, use = {}, torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
     for path in sorted(folder.glob("*.held.npy")):
@@ -175,9 +176,23 @@ def evaluate(model: Qwen2MoeForCausalLM, folder: Path, length: int = 512, rows: 
         losses[path.name.split(".")[0]] = round(F.cross_entropy(logits, batch[:, 1:].flatten()).item(), 4)
         for layer, scores in enumerate(out.router_logits):
             use[layer] += scores.topk(model.config.num_experts_per_tok, -1).indices.flatten().bincount(minlength=use.shape[1])
-    share = use / use.sum(1, keepdim=True)
     model.train()
-    return {"held_out": losses, "expert_share": [round(share.min().item(), 4), round(share.max().item(), 4)]}
+    return losses, use / use.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def revive(model: Qwen2MoeForCausalLM, share: Tensor) -> int:
+    """Start every dead expert anew as a copy of its layer's most used one, whose tokens it then splits; returns how many."""
+    revived = 0
+    for layer, row in enumerate(share):
+        block, best = model.model.layers[layer].mlp, int(row.argmax())
+        for expert in (row < DEAD).nonzero().flatten().tolist():
+            block.experts.gate_up_proj[expert] = block.experts.gate_up_proj[best]
+            block.experts.down_proj[expert] = block.experts.down_proj[best]
+            noise = torch.randn(block.gate.weight.shape[1], generator=torch.Generator().manual_seed(expert))
+            block.gate.weight[expert] = block.gate.weight[best] + noise * block.gate.weight[best].std()
+            revived += 1
+    return revived
 
 
 def save(model: Qwen2MoeForCausalLM, optimizers: list[torch.optim.Optimizer], step: int, options: argparse.Namespace) -> None:
@@ -254,11 +269,15 @@ def worker(rank: int, options: argparse.Namespace) -> None:
         step += 1
         tokens_seen += options.tokens
         running = 0.95 * running + 0.05 * flat[-1].item() if running else flat[-1].item()
-        if rank == 0 and (step % options.eval_every == 0 or step == options.steps):
+        if step % options.eval_every == 0 or step == options.steps:  # on every worker, so that all revive alike
+            losses, use = evaluate(model, options.data)
             record = {"step": step, "tokens": step * options.tokens, "train": round(running, 4), "lr": round(factor, 4)}
-            record |= {"tokens_per_second": round(tokens_seen / (time.time() - began))} | evaluate(model, options.data)
-            with log.open("a") as sink:
-                sink.write(json.dumps(record) + "\n")
+            record |= {"tokens_per_second": round(tokens_seen / (time.time() - began)), "held_out": losses}
+            record |= {"expert_share": [round(use.min().item(), 4), round(use.max().item(), 4)]}
+            record["revived"] = 0 if late else revive(model, use)
+            if rank == 0:
+                with log.open("a") as sink:
+                    sink.write(json.dumps(record) + "\n")
         if rank == 0 and (step % options.save_every == 0 or step in (options.steps, options.stable)):
             save(model, optimizers, step, options)
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The graft of FLEx: whole experts beside the frozen ones, each behind its own learned gate (flex.md section 1).
+"""The graft of FLEx: whole experts beside the frozen ones, each behind its own learned gate (arXiv 2506.00965).
 
 Faithful form: y = R(x) + sum_j sigmoid(g_j . x) E_gj(x), added where the routed experts' output leaves the experts module.
 Output-preserving form: E_gj(x) - E_ej(x) in place of E_gj(x), which is the base model at step 0. The frozen weights of a graft alias its

@@ -53,7 +53,7 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Te
 
 
 def normalised(weight: Tensor) -> Tensor:
-    """Top-k weights [T, k] scaled to sum 1 per token, in float64 (flex.md section 3: R before any routed scaling factor)."""
+    """Top-k weights [T, k] scaled to sum 1 per token, in float64 (before any routed scaling factor)."""
     weight = weight.double()
     total: Tensor = weight.sum(-1, keepdim=True)
     return weight / total

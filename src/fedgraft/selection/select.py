@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedgraft import plugins, seeds
+from fedgraft import seeds
 from fedgraft.data.batches import Batch
 from fedgraft.moe.load import Base
-from fedgraft.selection.choose import choose, losses
+from fedgraft.selection.choose import choose, losses, needs_gram
 from fedgraft.selection.profile import measure
 from fedgraft.selection.settings import SelectionSettings
 
@@ -34,7 +34,6 @@ def select_experts(base: Base, batches: Iterable[Batch], settings: SelectionSett
         ValueError: unknown criterion, or more grafts than experts.
     """
     wanted = settings.tokens or (CPU_TOKENS if base.device.type == "cpu" else GPU_TOKENS)
-    criterion = plugins.load("criterion", settings.criterion)
-    profile = measure(base, batches, wanted, gram=per_layer > 1 and getattr(criterion, "SUBSETS", False))
+    profile = measure(base, batches, wanted, gram=needs_gram(settings.criterion, per_layer))
     experts = choose(settings.criterion, profile, per_layer, seeds.numpy_rng(seed, "selection", client))
     return Choice(experts=experts, errors=losses(profile), tokens=profile.tokens)

@@ -130,7 +130,7 @@ class MemoryStore:
         versions = self.versions(client)
         needed = {version, max((old for old in versions if old <= committed), default=version)}
         for old in versions:
-            if old not in needed and (old < max(needed) or old > version):
+            if old not in needed:
                 self._path(client, old).unlink()
 
     def versions(self, client: str) -> list[int]:
