@@ -26,8 +26,10 @@ test: static ## Everything `check` does, then unit and contract tests
 check: static ## Format, lint, types and the architecture tests
 	$(BIN)/python -m pytest tests/architecture
 
-bench: $(READY) ## Compare a round with a plain PyTorch loop
+bench: $(READY) ## Compare a round with a plain PyTorch loop, and memory with 200 clients to that with 4; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/plain_loop.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/report.py
 
 venv: $(READY) ## Make or refresh .venv with the tested versions
 

@@ -14,6 +14,7 @@ from fedgraft import files
 from fedgraft.tree import Tree, digest, digest_of_digests
 
 SCHEMA = 1
+HEADER = "fedgraft"
 Fact: TypeAlias = str | int | float | bool | None | list[Any] | dict[str, Any]
 
 
@@ -33,10 +34,12 @@ class Bundle:
         return digest_of_digests(f"{name} {digest(tree)}" for name, tree in sorted(self.trees.items()) if tree)
 
     def encode(self) -> bytes:
-        """The bytes that travel and are stored."""
-        leaves = {f"{name}/{key}": leaf.detach().contiguous() for name, tree in self.trees.items() for key, leaf in tree.items()}
-        header = {"schema": str(SCHEMA), "facts": json.dumps(self.facts), "trees": json.dumps(sorted(self.trees))}
-        return encode_tensors(leaves, metadata=header)
+        """The bytes that travel and are stored, a function of the bundle alone."""
+        # cloned, since safetensors refuses tensors that share memory, as two trees of one bundle may
+        copies = {f"{name}/{key}": leaf.detach().clone() for name, tree in self.trees.items() for key, leaf in tree.items()}
+        leaves = {path: leaf.contiguous() for path, leaf in copies.items()}
+        header = {"schema": SCHEMA, "facts": self.facts, "trees": sorted(self.trees)}
+        return encode_tensors(leaves, metadata={HEADER: json.dumps(header)})  # one key, since safetensors orders several at random
 
     @staticmethod
     def decode(content: bytes, source: str = "message") -> Bundle:
@@ -47,10 +50,10 @@ class Bundle:
         """
         try:
             size = int.from_bytes(content[:8], "little")
-            header = json.loads(content[8 : 8 + size])["__metadata__"]
-            schema, facts = int(header["schema"]), json.loads(header["facts"])
-            trees: dict[str, Tree] = {name: {} for name in json.loads(header["trees"])}
+            header = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][HEADER])
+            schema, facts, trees = int(header["schema"]), header.get("facts", {}), dict[str, Tree]()
             if schema <= SCHEMA:
+                trees = {name: {} for name in header["trees"]}
                 for path, leaf in decode_tensors(content).items():
                     name, key = path.split("/", 1)
                     trees[name][key] = leaf

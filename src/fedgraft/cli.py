@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from fedgraft import __version__
 
 if TYPE_CHECKING:
     from fedgraft.report.progress import Progress
@@ -27,8 +32,17 @@ IsQuiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 KINDS = {"methods": "method", "families": "family", "criteria": "criterion", "datasets": "dataset"}
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedgraft {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
     """Options of every command."""
     _state["debug"] = debug
 
@@ -47,9 +61,11 @@ def run(
     quiet: IsQuiet = False,
 ) -> None:
     """Run a recipe and print its tables."""
-    from fedgraft.runner import run as execute
+    with _starting(quiet or as_json):
+        from fedgraft.runner import run as execute
 
-    record = execute(recipe, out=out, overrides=set_, progress=_progress(quiet or as_json))
+    with _interruptible():
+        record = execute(recipe, out=out, overrides=set_, progress=_progress(quiet or as_json))
     _show_run(record, as_json)
 
 
@@ -61,9 +77,11 @@ def resume(
     quiet: IsQuiet = False,
 ) -> None:
     """Continue a run that was stopped, or extend a finished one."""
-    from fedgraft.runner import resume as execute
+    with _starting(quiet or as_json):
+        from fedgraft.runner import resume as execute
 
-    record = execute(folder, rounds=rounds, progress=_progress(quiet or as_json))
+    with _interruptible(folder):
+        record = execute(folder, rounds=rounds, progress=_progress(quiet or as_json))
     _show_run(record, as_json)
 
 
@@ -132,14 +150,11 @@ def list_(
 def main() -> None:
     """Entry point: errors a user can mend end in one message and exit code 2, Ctrl-C in 130 and how to go on."""
     try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        _console(stderr=True).print("\nStopped. What was finished is saved; continue with: fedgraft resume <run folder>", style="yellow")
-        raise SystemExit(130) from None
+        code = app(standalone_mode=False)
     except (ValueError, OSError) as error:
         if _state["debug"]:
             raise
-        _console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        _console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of the command line library
@@ -147,6 +162,20 @@ def main() -> None:
             raise
         show()
         raise SystemExit(getattr(error, "exit_code", 2)) from None
+    if code:
+        raise SystemExit(code)
+
+
+@contextmanager
+def _interruptible(folder: Path | None = None) -> Iterator[None]:
+    """Ctrl-C ends in exit code 130 and how to go on; `folder` is the run that was already there."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        left = getattr(stop, "folder", folder)
+        hint = f"What was finished is saved; continue with: fedgraft resume {shlex.quote(str(left))}" if left else "Nothing was begun."
+        _console(stderr=True).print(f"Stopped. {hint}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def _show_run(record: Record, as_json: bool) -> None:
@@ -172,13 +201,16 @@ def _print_tables(tables: list[Table]) -> None:
     from rich.table import Table as RichTable
 
     for table in tables:
-        drawn = RichTable("client", *table.columns, title=table.title, title_justify="left")
+        drawn = RichTable("client")
+        for name in table.columns:
+            drawn.add_column(name, justify="right")
         for client, values in table.clients.items():
             drawn.add_row(client, *(f"{values[name]:.{table.digits}f}" if name in values else "-" for name in table.columns))
         drawn.add_section()
         for row, values in table.summary.items():
             style = "bold" if row == "mean" else None
             drawn.add_row(row, *(f"{values[name]:.{table.digits}f}" for name in table.columns), style=style)
+        _console().print(table.title, style="bold", highlight=False, soft_wrap=True)
         _console().print(drawn)
 
 
@@ -187,9 +219,15 @@ def _print_cost(name: str, record: Record) -> None:
 
     figures = cost(record)
     up, down = figures["bytes_up_per_round"] / 1e6, figures["bytes_down_per_round"] / 1e6
-    line = f"{name}: {figures['rounds']} rounds in {figures['training_seconds']:.0f} s, "
+    line = f"{name}: {figures['rounds']} round{'' if figures['rounds'] == 1 else 's'} in {figures['training_seconds']:.0f} s, "
     line += f"{up:.2f} MB up and {down:.2f} MB down a round (fp32, all clients)"
     _console().print(f"{line}\n  results in {record.folder}", highlight=False, soft_wrap=True)
+
+
+def _starting(quiet: bool) -> AbstractContextManager[object]:
+    """A sign of life in a terminal while the heavy modules are imported."""
+    console = _console(stderr=True)
+    return console.status("starting") if console.is_terminal and not quiet else nullcontext()
 
 
 def _progress(quiet: bool) -> Progress:
@@ -198,7 +236,7 @@ def _progress(quiet: bool) -> Progress:
     if quiet:
         return Quiet()
     console = _console(stderr=True)
-    return Bars(console) if console.is_terminal else Lines(lambda text: console.print(text, highlight=False, soft_wrap=True))
+    return Bars(console) if console.is_terminal else Lines(lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _print_json(value: Any) -> None:

@@ -42,11 +42,22 @@ def append_line(path: Path, value: Any) -> None:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The JSON lines of a file, without a last line that a crash cut short; [] when there is no file."""
+    """The JSON lines of a file, without a last line that a crash cut short; [] when there is no file.
+
+    Raises:
+        ValueError: a line is not JSON; names file and line.
+    """
     if not path.exists():
         return []
     complete = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in complete if line]
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(complete, start=1) if line]
+
+
+def _parse(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: damaged ({error})") from None
 
 
 def _flush_folder(folder: Path) -> None:

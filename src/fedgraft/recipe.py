@@ -61,7 +61,7 @@ class Recipe(Section):
         """The method with its options.
 
         Raises:
-            ValueError: unknown method or option, or a section set that the method doesn't use.
+            ValueError: unknown method, option, dataset or criterion, or a section set that the method doesn't use.
         """
         options = dict(self.method.__pydantic_extra__ or {})
         build = plugins.load("method", self.method.name).build
@@ -74,6 +74,9 @@ class Recipe(Section):
                 )
         method = build(**options)
         assert isinstance(method, Method)
+        plugins.load("dataset", self.data.dataset)
+        if "selection" in method.sections:
+            plugins.load("criterion", self.selection.criterion)
         for section in sorted((self.model_fields_set & METHOD_SECTIONS) - method.sections):
             raise ValueError(f"{section}: set in the recipe, but method {self.method.name!r} doesn't use it; remove the section")
         return method
@@ -81,11 +84,22 @@ class Recipe(Section):
     def complete(self) -> dict[str, Any]:
         """The recipe with every default filled in, without sections that the method doesn't use."""
         unused = METHOD_SECTIONS - self.build_method().sections
-        return self.model_dump(mode="json", exclude=set(unused))
+        values = self.model_dump(mode="json", exclude=set(unused))
+        options = inspect.signature(plugins.load("method", self.method.name).build).parameters
+        values["method"] = {"name": self.method.name, **{name: option.default for name, option in options.items()}} | values["method"]
+        return values
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are what people write: 4e-5 is one."""
+    """YAML whose numbers are what people write (4e-5 is one), and whose keys occur once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"key {key.value!r} occurs twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -124,9 +138,14 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe | None = None, over
     for override in overrides or []:
         values = _assign(values, override)
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{where}: {explain(error)}") from None
+    try:
+        recipe.build_method()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return recipe
 
 
 def shipped() -> Path:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,13 +27,14 @@ from fedgraft.data.partition import ClientData, counts, load_clients
 from fedgraft.engine.inprocess import InProcess
 from fedgraft.evaluation.personal import evaluate_client
 from fedgraft.grafts.graft import GraftedModel
-from fedgraft.moe.load import load_base
+from fedgraft.moe.load import EMBEDDED, load_base
 from fedgraft.recipe import Recipe, load_recipe
 from fedgraft.report.progress import Progress, Quiet
 from fedgraft.report.record import Record, read_document, read_recipe, write_document, write_recipe
 from fedgraft.training.client import Client, MemoryStore
 from fedgraft.tree import digest_of_digests
 
+LEFTOVER = re.compile(r"\..*\.tmp")  # what a killed write leaves beside its target
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 
 
@@ -57,12 +59,12 @@ def run(
     checked = load_recipe(recipe, overrides)
     checked.build_method()
     folder = Path(out) if out is not None else _new_folder(checked.method.name)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not LEFTOVER.fullmatch(entry.name) for entry in folder.iterdir())):
         raise ValueError(f"{folder}: exists and is never overwritten; choose another --out, or continue it with: fedgraft resume {folder}")
     session = Session(_absolute(checked), folder, progress or Quiet())
     folder.mkdir(parents=True, exist_ok=True)
-    write_document(folder / "environment.json", session.environment())
     write_recipe(folder / "recipe.yaml", session.recipe.complete())
+    write_document(folder / "environment.json", session.environment())
     return session.go()
 
 
@@ -75,14 +77,10 @@ def resume(folder: str | Path, *, rounds: int | None = None, progress: Progress 
     folder = Path(folder)
     if not (folder / "recipe.yaml").is_file():
         raise ValueError(f"{folder}: not a run folder (it has no recipe.yaml)")
-    recipe = load_recipe(read_recipe(folder / "recipe.yaml"))
-    if rounds is not None:
-        recipe = load_recipe(recipe, [f"federation.rounds={rounds}"])
+    read_recipe(folder / "recipe.yaml")  # refuses a newer schema
+    recipe = load_recipe(folder / "recipe.yaml", [f"federation.rounds={rounds}"] if rounds is not None else None)
     session = Session(recipe, folder, progress or Quiet())
-    before = read_document(folder / "environment.json")
-    for part, remedy in (("base_digest", "the base model"), ("data_digest", "the data")):
-        if before.get(part) != session.environment()[part]:
-            raise ValueError(f"{folder}: {remedy} differs from the one this run began with; restore it, or start a new run")
+    _same_origin(session)
     done = session.restore()
     if rounds is not None:
         if rounds < done:
@@ -91,15 +89,26 @@ def resume(folder: str | Path, *, rounds: int | None = None, progress: Progress 
     return session.go()
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C in a run; `folder` can be resumed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.folder = folder
+
+
 class Session:
     """A run in memory."""
 
     def __init__(self, recipe: Recipe, folder: Path, progress: Progress) -> None:
         self.recipe, self.folder, self.progress = recipe, folder, progress
         self.method = recipe.build_method()
+        progress.begin("loading", 2)
         self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
-        base = load_base(recipe.model)
-        self.model = GraftedModel(base, recipe.lora, recipe.graft)
+        _check_rows(self.clients.values(), recipe.evaluation.split)
+        progress.step("data")
+        self.model = GraftedModel(load_base(recipe.model), recipe.lora, recipe.graft)
+        progress.step("model")
         self.engine = InProcess(
             questions={
                 "graft": lambda client, package: self.method.graft(self.method, client, package),
@@ -131,6 +140,8 @@ class Session:
             while self.server.round < self.recipe.federation.rounds:
                 self._round()
             self._evaluate()
+        except KeyboardInterrupt as stop:
+            raise Stopped(self.folder) from stop
         finally:
             self.progress.close()
         return Record.load(self.folder)
@@ -147,10 +158,11 @@ class Session:
         self.server.state, self.server.round = state, done
         self.engine.asked = self.engine.committed = asked
         self.opened = True
-        lines = files.read_lines(self.folder / "rounds.jsonl")
-        kept = [line for line in lines if line["round"] < done]
-        if len(kept) != len(lines):
-            files.write_text(self.folder / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        rounds = self.folder / "rounds.jsonl"
+        kept = [line for line in files.read_lines(rounds) if line["round"] < done]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        if rounds.exists() and rounds.read_text(encoding="utf-8") != text:  # also half a line
+            files.write_text(rounds, text)
         return done
 
     def environment(self) -> dict[str, Any]:
@@ -238,13 +250,12 @@ class Session:
         asked = self.engine.asked
         results = {reply.client: reply.bundle.facts["models"] for reply in self._ask("evaluate", packages)}
         self.engine.asked = asked  # evaluation leaves no trace in memories, so it can be repeated
-        write_document(
-            self.folder / "results.json", {"rounds": self.server.round, "split": self.recipe.evaluation.split, "clients": results}
-        )
         digests = {name: self.engine.store.load(name, asked).digest() for name in self.clients}
         state = self.server.state.digest()
         write_document(self.folder / "digest.json", {"state": state, "clients": digests})
         files.write_text(self.folder / "digest.txt", digest_of_digests([state, *(digests[name] for name in sorted(digests))]) + "\n")
+        split = self.recipe.evaluation.split  # results come last: with them the run is finished
+        write_document(self.folder / "results.json", {"rounds": self.server.round, "split": split, "clients": results})
 
 
 def _new_folder(method: str) -> Path:
@@ -254,10 +265,38 @@ def _new_folder(method: str) -> Path:
 
 def _absolute(recipe: Recipe) -> Recipe:
     """The recipe with local paths made absolute, so that it can be resumed from anywhere."""
-    if not recipe.data.path:
-        return recipe
-    data = recipe.data.model_copy(update={"path": str(Path(recipe.data.path).expanduser().resolve())})
-    return recipe.model_copy(update={"data": data})
+    parts: dict[str, Any] = {}
+    if recipe.data.path:
+        parts["data"] = recipe.data.model_copy(update={"path": _resolved(recipe.data.path)})
+    if recipe.model.name != EMBEDDED and Path(recipe.model.name).expanduser().is_dir():
+        parts["model"] = recipe.model.model_copy(update={"name": _resolved(recipe.model.name)})
+    return recipe.model_copy(update=parts)
+
+
+def _resolved(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
+def _same_origin(session: Session) -> None:
+    """Refuse another base model or other data than the run began with; clear away what killed writes left."""
+    folder, now = session.folder, session.environment()
+    before = read_document(folder / "environment.json")
+    if not before and not (folder / "state").exists():  # killed before it was written
+        write_document(folder / "environment.json", now)
+        before = now
+    for part, name in (("base_digest", "the base model"), ("data_digest", "the data")):
+        if before.get(part) != now[part]:
+            raise ValueError(f"{folder}: {name} differs from the one this run began with; restore it, or start a new run")
+    for path in folder.rglob(".*.tmp"):
+        path.unlink()
+
+
+def _check_rows(clients: Iterable[ClientData], split: str) -> None:
+    for data in clients:
+        if not getattr(data, split):
+            raise ValueError(
+                f"client {data.name!r} has no {split} rows to be evaluated on; raise data.{split}_rows or choose another evaluation.split"
+            )
 
 
 def _installed(package: str) -> bool:

@@ -89,6 +89,28 @@ def test_greedy_takes_the_best_extension_and_stays_near_the_best_subset(tiny_bas
             assert best <= greedy <= 2.5 * best
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_greedy_with_correlated_experts(seed):
+    """Outputs of two dimensions overlap strongly, so the cross terms decide; every step by the definition of R_S."""
+    draw = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(12, 6, 2, generator=draw).double()  # [T, E, H]
+    full = torch.randn(12, 2, generator=draw).double()
+    probability = torch.randn(12, 6, generator=draw).softmax(-1)
+    dot = torch.einsum("th,teh->te", full, outputs)
+    sums = {"full_sq_L": full.square().sum()[None], "output_sq_LE": outputs.square().sum((0, 2))[None], "dot_LE": dot.sum(0)[None]}
+    tokens = {"token_scores": probability[None], "token_dot": dot[None], "token_gram": (outputs @ outputs.mT).float()[None]}
+    profile = Profile(**{**vars(profile_of()), **sums, "tokens": 12, **tokens})
+
+    def loss(subset: list[int]) -> float:
+        weight = probability[:, subset].double() / probability[:, subset].double().sum(-1, keepdim=True)
+        return float((full - (weight[..., None] * outputs[:, subset]).sum(1)).square().sum())
+
+    expected: list[int] = []
+    while len(expected) < 4:
+        expected.append(min((expert for expert in range(6) if expert not in expected), key=lambda expert: loss([*expected, expert])))
+    assert choose("reconstruction", profile, 4, RNG) == [expected]
+
+
 def test_all_experts_are_a_permutation(tiny_base):
     profile = measure(tiny_base("olmoe"), [rows(20)], 20, gram=True)
     assert [sorted(experts) for experts in choose("reconstruction", profile, 8, RNG)] == [list(range(8))] * 2

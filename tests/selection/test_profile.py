@@ -90,10 +90,11 @@ def test_padding_changes_nothing(tiny_base, family):
 
 def test_batch_split_changes_nothing(tiny_base):
     base, whole = tiny_base("qwen2_moe", dtype=torch.float64), rows(5, 16, 9, 11)
-    reference = measure(base, [whole], 1000)
+    reference, with_gram = (measure(base, [whole], 1000, gram=gram) for gram in (False, True))
     for sizes in ([1, 1, 1, 1], [3, 1]):
-        parts = zip(whole.ids.split(sizes), whole.mask.split(sizes), strict=True)
-        assert_same(measure(base, [Rows(*part) for part in parts], 1000), reference, **EXACT)
+        parts = [Rows(*part) for part in zip(whole.ids.split(sizes), whole.mask.split(sizes), strict=True)]
+        assert_same(measure(base, parts, 1000), reference, **EXACT)
+        assert_same(measure(base, parts, 1000, gram=True), with_gram, rtol=1e-6, atol=1e-6)  # kept in fp32
 
 
 def test_gram_is_the_same_in_chunks(tiny_base, monkeypatch):

@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--command", required=True, help="the command of train.py that made the weights")
+    parser.add_argument("--note", default="", help="what a reader must know besides the command")
     options = parser.parse_args()
     by_step = {
         record["step"]: record for record in map(json.loads, options.log.read_text().splitlines())
@@ -51,6 +52,7 @@ def main() -> None:
         tokens=records[-1]["tokens"],
         steps=records[-1]["step"],
         command=options.command,
+        note=options.note,
         curve=curve(records),
         least=least,
         most=most,

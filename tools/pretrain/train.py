@@ -35,7 +35,7 @@ CORPUS = {  # passes over each source in one epoch of the first stage
     "wikinews": 1.5,
     "medquad": 0.8,
 }
-CHAT = {"dolly": 3.0, "medquad_chat": 0.5, "wikinews": 0.4, "tinystories_sample": 0.3, "short_stories": 0.05}
+CHAT = {"dolly": 3.0, "medquad_chat": 0.25, "wikinews": 0.2, "tinystories_sample": 0.2, "short_stories": 0.03}
 BALANCE = 0.02
 DEAD = 0.005  # an expert that serves a smaller share of a layer's held-out tokens than this is started anew
 

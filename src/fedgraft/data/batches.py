@@ -5,15 +5,18 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from fedgraft.data.example import Example
 from fedgraft.data.settings import DataSettings
 from fedgraft.data.templates import end_id, prompt_and_lead, token_ids
 from fedgraft.seeds import numpy_rng
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 
@@ -38,6 +41,19 @@ class Batch:
     def tokens(self) -> int:
         """Tokens without padding."""
         return int(self.mask.sum())
+
+    @property
+    def predicting(self) -> Tensor:
+        """[B, T] bool: the positions whose next token belongs to a response, which the loss is taken over."""
+        chosen = torch.zeros_like(self.labels, dtype=torch.bool)
+        chosen[:, :-1] = self.labels[:, 1:] != IGNORED
+        return chosen
+
+    @property
+    def targets(self) -> Tensor:
+        """[N]: the next tokens of the `predicting` positions, in their order."""
+        wanted = self.labels[:, 1:]
+        return wanted[wanted != IGNORED]
 
     @property
     def response_tokens(self) -> int:

@@ -27,12 +27,13 @@ def general_texts() -> tuple[str, ...]:
 
 def windows(tokenizer: Any, tokens: int) -> Tensor:
     """[N, WINDOW] windows over the shipped text, N = tokens / WINDOW rounded up, documents taken in turn."""
+    wanted = max(1, -(-tokens // WINDOW))
     ids: list[int] = []
     for text in general_texts():
         ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        if len(ids) >= tokens:
+        if len(ids) >= wanted * WINDOW:
             break
-    count = max(1, min(-(-tokens // WINDOW), len(ids) // WINDOW))
+    count = min(wanted, len(ids) // WINDOW)
     return torch.tensor(ids[: count * WINDOW]).view(count, -1)
 
 

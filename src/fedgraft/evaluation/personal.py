@@ -49,9 +49,9 @@ def response_figures(client: Client, model: Prediction, examples: Sequence[Examp
     with client.model.using(model.tree, model.experts):
         for _, cpu_batch in batches_in_order(rows, batch_size, base.pad_id):
             batch = cpu_batch.to(base.device)
-            with autocast(client.training.precision, base.device):
+            with autocast(client.training.precision, base.device), base.logits_at(batch.predicting):
                 logits = base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-            sums = _response_sums(logits, batch.labels)
+            sums = _response_sums(logits.float(), batch.targets)
             nll, right, tokens = nll + sums[0], right + int(sums[1]), tokens + int(sums[2])
     loss = nll / max(1, tokens)
     return {
@@ -64,14 +64,10 @@ def response_figures(client: Client, model: Prediction, examples: Sequence[Examp
     }
 
 
-def _response_sums(logits: Tensor, labels: Tensor) -> tuple[float, float, float]:
-    """(summed nats, correct tokens, tokens) of the response positions."""
-    wanted = labels[:, 1:]
-    chosen = wanted != -100
-    picked = logits[:, :-1][chosen].float()
-    target = wanted[chosen]
-    nll = torch.nn.functional.cross_entropy(picked, target, reduction="sum")
-    return float(nll), float((picked.argmax(-1) == target).sum()), float(target.numel())
+def _response_sums(logits: Tensor, targets: Tensor) -> tuple[float, float, float]:
+    """(summed nats, correct tokens, tokens) for logits [N, V] and targets [N]."""
+    nll = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return float(nll), float((logits.argmax(-1) == targets).sum()), float(targets.numel())
 
 
 @torch.inference_mode()

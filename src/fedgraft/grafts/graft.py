@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from fedgraft.address import within
 from fedgraft.grafts.lora import AttentionLora, LoraSettings
 from fedgraft.grafts.side_expert import GraftSettings, SideExperts
 from fedgraft.moe.load import Base
-from fedgraft.tree import Tree, digest, partition
+from fedgraft.tree import Tree, digest
 
 Experts = list[list[int]]
 """Source expert of every graft, [L][r]; empty when a client has no graft."""
@@ -32,26 +31,27 @@ class GraftedModel:
         self._side = SideExperts(base, graft, lora)
 
     def fresh_attention(self, seed: int) -> Tree:
-        """New attention LoRA leaves, the same on every site for the same seed."""
+        """New attention LoRA leaves on the CPU, the same on every site for the same seed."""
         return self._attention.fresh(seed)
 
     def fresh_side(self, experts: Experts, seed: int) -> Tree:
-        """New leaves of the grafted experts and their gates."""
+        """New leaves of the grafted experts and their gates, on the CPU."""
         return self._side.fresh(experts, seed)
 
     @contextmanager
     def using(self, tree: Mapping[str, Tensor], experts: Experts) -> Iterator[None]:
-        """Predict with `tree` inside the block; the plain base model outside.
+        """Predict with `tree`, moved to the model's device, inside the block; the plain base model outside.
 
         Keep it open through `backward`: with gradient checkpointing the forward is run again there.
+
+        Raises:
+            ValueError: a leaf would have no effect: its address is unknown, not a LoRA target, or of a graft that `experts` lacks.
         """
-        attention, rest = partition(dict(tree), within("attention"))
-        side, unknown = partition(rest, within("side"))
-        if unknown:
-            raise ValueError(f"leaf {min(unknown)!r} has no place in this model")
-        self._attention.put(attention)
-        self._side.put(side, experts)
+        tree = {key: leaf.to(self.base.device) for key, leaf in tree.items()}  # a leaf that is there already stays the same object
         try:
+            unknown = tree.keys() - (self._attention.put(tree) | self._side.put(tree, experts))
+            if unknown:
+                raise ValueError(f"leaf {min(unknown)!r} has no place in this model with its experts and LoRA targets")
             yield
         finally:
             self._attention.put({})

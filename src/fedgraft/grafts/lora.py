@@ -66,34 +66,36 @@ class AttentionLora:
             target_modules=list(places),
         )
         inject_adapter_in_model(config, base.model, ADAPTER, low_cpu_mem_usage=True)
+        base.model.eval()  # the injected dropout starts in train mode
         self.slots = []
         for path, (layer, role) in places.items():
             module = base.model.get_submodule(path)
             self.slots.append(Slot(address.attention(layer, role, "A"), address.attention(layer, role, "B"), module))
         self.put({})
 
-    def put(self, tree: Mapping[str, Tensor]) -> None:
-        """Use the factors of `tree`; a pair that it lacks is switched off. A pointer assignment, nothing is copied."""
+    def put(self, tree: Mapping[str, Tensor]) -> set[str]:
+        """Use the factors of `tree` and return their addresses; a pair that it lacks is switched off. Pointer work, nothing is copied."""
+        used = set()
         for slot in self.slots:
             factor_a = tree.get(slot.key_a)
             slot.module._disable_adapters = factor_a is None
             if factor_a is not None:
                 slot.module.lora_A[ADAPTER]._parameters["weight"] = factor_a
                 slot.module.lora_B[ADAPTER]._parameters["weight"] = tree[slot.key_b]
+                used |= {slot.key_a, slot.key_b}
+        return used
 
     def fresh(self, seed: int) -> Tree:
         """New factors: A uniform as in PEFT (Kaiming with a = sqrt(5)), B zero; a function of seed and address alone."""
         tree: Tree = {}
         for slot in self.slots:
             linear = slot.module.base_layer
-            tree |= fresh_pair(
-                slot.key_a, slot.key_b, self.settings.rank, linear.in_features, linear.out_features, seed, linear.weight.device
-            )
+            tree |= fresh_pair(slot.key_a, slot.key_b, self.settings.rank, linear.in_features, linear.out_features, seed)
         return tree
 
 
-def fresh_pair(key_a: str, key_b: str, rank: int, inputs: int, outputs: int, seed: int, device: torch.device) -> Tree:
+def fresh_pair(key_a: str, key_b: str, rank: int, inputs: int, outputs: int, seed: int) -> Tree:
     """A [rank, inputs] ~ U(-1/sqrt(inputs), 1/sqrt(inputs)), B [outputs, rank] = 0, both fp32."""
     bound = 1 / math.sqrt(inputs)
     draw = torch.rand(rank, inputs, generator=seeds.torch_rng(seed, "leaf", key_a))
-    return {key_a: ((2 * draw - 1) * bound).to(device), key_b: torch.zeros(outputs, rank, device=device)}
+    return {key_a: (2 * draw - 1) * bound, key_b: torch.zeros(outputs, rank)}

@@ -60,43 +60,41 @@ class SideExperts:
         for site in base.sites:
             site.experts.register_forward_hook(self._hook(site.layer), with_kwargs=True)
 
-    def put(self, tree: Mapping[str, Tensor], experts: list[list[int]]) -> None:
-        """Use the side leaves of `tree`; `experts` [L][r] names the source expert of every graft. Pointer work only."""
+    def put(self, tree: Mapping[str, Tensor], experts: list[list[int]]) -> set[str]:
+        """Use the side leaves of `tree` and return their addresses; `experts` [L][r] names the source of every graft. Pointer work only."""
         self._active = {}
+        used = set()
         for site, chosen in zip(self.base.sites, experts, strict=False):
             sides = []
             for number, expert in enumerate(chosen):
-                key = address.side_mix(site.layer, number, "weight")
+                key, bias = (address.side_mix(site.layer, number, part) for part in ("weight", "bias"))
                 if key not in tree:
                     continue
                 head = f"layers.{site.layer}.side.{number}.expert."
-                sides.append(
-                    Side(
-                        source=self.base.family.expert(site, expert),
-                        leaves={name.removeprefix(head): leaf for name, leaf in tree.items() if name.startswith(head)},
-                        gate=tree[key],
-                        bias=tree.get(address.side_mix(site.layer, number, "bias")),
-                    )
-                )
+                leaves = {name.removeprefix(head): leaf for name, leaf in tree.items() if name.startswith(head)}
+                source = self.base.family.expert(site, expert)
+                sides.append(Side(source=source, leaves=leaves, gate=tree[key], bias=tree.get(bias)))
+                used |= {key, *([bias] if bias in tree else []), *(head + name for name in leaves)}
             if sides:
                 self._active[site.layer] = sides
+        return used
 
     def fresh(self, experts: list[list[int]], seed: int) -> Tree:
-        """New leaves for the chosen source experts [L][r], fp32: LoRA with B = 0 or exact copies, and the gates."""
+        """New leaves for the chosen source experts [L][r], fp32 on the CPU: LoRA with B = 0 or exact copies, and the gates."""
         tree: Tree = {}
         for site, chosen in zip(self.base.sites, experts, strict=True):
             for number, expert in enumerate(chosen):
                 for name, weight in self.base.family.expert(site, expert).projections().items():
                     if self.graft.train == "full":
-                        tree[address.side_expert(site.layer, number, name, "weight")] = weight.detach().float().clone().contiguous()
+                        tree[address.side_expert(site.layer, number, name, "weight")] = weight.detach().float().cpu().clone().contiguous()
                     else:
                         keys = [address.side_expert(site.layer, number, name, part) for part in ("A", "B")]
-                        tree |= fresh_pair(keys[0], keys[1], self.lora.rank, weight.shape[1], weight.shape[0], seed, weight.device)
-                row = self.base.family.router_row(site, expert).float()
+                        tree |= fresh_pair(keys[0], keys[1], self.lora.rank, weight.shape[1], weight.shape[0], seed)
+                row = self.base.family.router_row(site, expert).float().cpu()
                 low = self.graft.gate_start == "low"
                 tree[address.side_mix(site.layer, number, "weight")] = torch.zeros_like(row) if low else row.clone()
                 if low:
-                    tree[address.side_mix(site.layer, number, "bias")] = torch.tensor(LOW_BIAS, device=row.device)
+                    tree[address.side_mix(site.layer, number, "bias")] = torch.tensor(LOW_BIAS)
         return tree
 
     def _hook(self, layer: int) -> Callable[..., Any]:

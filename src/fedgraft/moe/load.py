@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from fedgraft.moe.family import Family, Site, family_of
 from fedgraft.settings import Section
@@ -59,6 +61,19 @@ class Base:
         """Padding token id."""
         token = self.tokenizer.pad_token_id
         return int(token if token is not None else self.tokenizer.eos_token_id)
+
+    @contextmanager
+    def logits_at(self, chosen: Tensor) -> Iterator[None]:
+        """A forward inside the block gives logits [N, V] for the N `chosen` positions ([B, T] bool, row by row) alone.
+
+        The head then sees no other position: with a long vocabulary it is a good part of the work, and its logits most of the memory.
+        """
+        head: Any = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, args: (args[0][chosen], *args[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def load_base(settings: ModelSettings) -> Base:

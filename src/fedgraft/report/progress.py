@@ -1,8 +1,10 @@
-"""Progress of long work: bars in a terminal, plain lines elsewhere, nothing when quiet."""
+"""Progress of long work: bars in a terminal, JSON Lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 
@@ -33,26 +35,30 @@ class Quiet:
 
 
 class Lines:
-    """One line at the start of a phase and then at most one in `every` seconds, through `write`."""
+    """JSON Lines through `write`: {phase, done, total, note} when a phase starts, at its end, and between at most every `every` seconds."""
 
-    def __init__(self, write: Any, every: float = 5.0) -> None:
+    def __init__(self, write: Callable[[str], object], every: float = 5.0) -> None:
         self.write, self.every = write, every
         self.phase, self.total, self.done, self.last = "", 0, 0, 0.0
 
     def begin(self, phase: str, total: int) -> None:
         """A phase of `total` steps starts."""
         self.phase, self.total, self.done, self.last = phase, total, 0, time.monotonic()
-        self.write(f"{phase}: {total} steps")
+        self._say("")
 
     def step(self, note: str = "") -> None:
         """One step is done."""
         self.done += 1
         if time.monotonic() - self.last >= self.every or self.done == self.total:
             self.last = time.monotonic()
-            self.write(f"{self.phase}: {self.done}/{self.total} {note}".rstrip())
+            self._say(note)
 
     def close(self) -> None:
         """Nothing more comes."""
+
+    def _say(self, note: str) -> None:
+        line = {"phase": self.phase, "done": self.done, "total": self.total, "note": note}
+        self.write(json.dumps(line, ensure_ascii=False))
 
 
 class Bars:
@@ -69,7 +75,7 @@ class Bars:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
         ]
         self.bars = RichProgress(*columns, console=console)
         self.bars.start()

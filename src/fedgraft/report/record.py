@@ -39,15 +39,16 @@ class Record:
         folder = Path(folder)
         if not (folder / "recipe.yaml").is_file():
             raise ValueError(f"{folder}: not a run folder (it has no recipe.yaml)")
-        digest = folder / "digest.txt"
+        recipe, results = read_recipe(folder / "recipe.yaml"), read_document(folder / "results.json")
+        finished = results.get("rounds") == recipe["federation"]["rounds"]  # else they are older than an extension of the run
         return Record(
             folder=folder,
-            recipe=read_recipe(folder / "recipe.yaml"),
+            recipe=recipe,
             environment=read_document(folder / "environment.json"),
             rounds=files.read_lines(folder / "rounds.jsonl"),
             selection=read_document(folder / "selection.json").get("clients", {}),
-            results=read_document(folder / "results.json").get("clients", {}),
-            digest=digest.read_text().strip() if digest.exists() else "",
+            results=results["clients"] if finished else {},
+            digest=(folder / "digest.txt").read_text().strip() if finished else "",
         )
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ FIGURES = {  # figure -> (heading, higher is better, digits)
     "rougeL": ("ROUGE-L F1 (%)", True, 2),
     "general_loss": ("loss on held-out general text (nats/token)", False, 3),
 }
+MODELS = ("base", "shared", "trained", "personal")  # as columns from left to right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,8 @@ def _table(figure: str, columns: dict[str, dict[str, float]]) -> Table:
 
 def run_tables(record: Record) -> list[Table]:
     """One table per figure: clients x models of one run."""
-    models = list(dict.fromkeys(model for client in record.results.values() for model in client))
+    measured = dict.fromkeys(model for client in record.results.values() for model in client)
+    models = [*(model for model in MODELS if model in measured), *(model for model in measured if model not in MODELS)]
     tables = [_table(figure, {model: record.figures(model, figure) for model in models}) for figure in FIGURES]
     return [table for table in tables if table.columns]
 
@@ -69,9 +70,16 @@ def compare_tables(records: Sequence[Record]) -> list[Table]:
 
 
 def labels(records: Sequence[Record]) -> list[str]:
-    """A short name for each run: its method, with the folder's name where two runs share a method."""
-    often = Counter(record.method for record in records)
-    return [record.method if often[record.method] == 1 else f"{record.method} ({record.folder.name})" for record in records]
+    """A short name for each run: its method, with the folder's name where two runs share a method, or its path where they share both."""
+    forms = [
+        [record.method for record in records],
+        [f"{record.method} ({record.folder.name})" for record in records],
+        [f"{record.method} ({record.folder})" for record in records],
+    ]
+    return [
+        next((name for name, form in zip(names, forms, strict=True) if form.count(name) == 1), names[-1])
+        for names in zip(*forms, strict=True)
+    ]
 
 
 def cost(record: Record) -> dict[str, Any]:

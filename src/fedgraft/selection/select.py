@@ -12,8 +12,6 @@ from fedgraft.selection.choose import choose, losses, needs_gram
 from fedgraft.selection.profile import measure
 from fedgraft.selection.settings import SelectionSettings
 
-CPU_TOKENS, GPU_TOKENS = 4_096, 128 * 2_048
-
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -33,7 +31,6 @@ def select_experts(base: Base, batches: Iterable[Batch], settings: SelectionSett
     Raises:
         ValueError: unknown criterion, or more grafts than experts.
     """
-    wanted = settings.tokens or (CPU_TOKENS if base.device.type == "cpu" else GPU_TOKENS)
-    profile = measure(base, batches, wanted, gram=needs_gram(settings.criterion, per_layer))
+    profile = measure(base, batches, settings.budget(base.device.type), gram=needs_gram(settings.criterion, per_layer))
     experts = choose(settings.criterion, profile, per_layer, seeds.numpy_rng(seed, "selection", client))
     return Choice(experts=experts, errors=losses(profile), tokens=profile.tokens)

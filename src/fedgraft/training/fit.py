@@ -39,7 +39,7 @@ class Fit:
 
 
 class NotFiniteError(ValueError):
-    """The loss became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite."""
 
 
 def fit(
@@ -70,9 +70,9 @@ def fit(
         moments: AdamW's state from an earlier call, to continue with.
 
     Raises:
-        NotFiniteError: the loss became NaN or infinite; nothing is returned, so the caller's leaves stand.
+        NotFiniteError: the loss or its gradient became NaN or infinite; nothing is returned, so the caller's leaves stand.
     """
-    leaves = {key: leaf.requires_grad_() for key, leaf in clone(trained).items()}
+    leaves = {key: leaf.to(model.base.device).requires_grad_() for key, leaf in clone(trained).items()}
     order = sorted(leaves)
     optimizer = torch.optim.AdamW([leaves[key] for key in order], lr=lr, weight_decay=settings.weight_decay, foreach=True)
     if moments:
@@ -81,22 +81,17 @@ def fit(
     with _training(model, settings), seeds.torch_default(seed), model.using(combine(leaves, fixed or {}), experts):
         for parts in steps:
             loss = _step(model, parts, settings, leaves, penalty)
-            if not math.isfinite(loss):
-                raise NotFiniteError(f"the loss became {loss}; lower training.lr, or check the data for rows without text")
-            torch.nn.utils.clip_grad_norm_([leaves[key] for key in order], settings.clip, foreach=True)
+            norm = float(torch.nn.utils.clip_grad_norm_([leaves[key] for key in order], settings.clip, foreach=True))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NotFiniteError(
+                    f"the loss became {loss} (gradient norm {norm}); lower training.lr, or check the data and the base model"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total += loss
             tokens += sum(part.tokens for part in parts)
     kept = _moments(optimizer, order, leaves) if settings.optimizer_state == "kept" else {}
     return Fit(tree=clone(leaves), loss=total / len(steps), tokens=tokens, seconds=time.perf_counter() - began, moments=kept)
-
-
-def response_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy (nats) of the response tokens; logits [B, T, V], labels [B, T] with -100 elsewhere, unshifted."""
-    wanted = labels[:, 1:]
-    chosen = wanted != -100
-    return F.cross_entropy(logits[:, :-1][chosen].float(), wanted[chosen], reduction="sum")
 
 
 def autocast(precision: str, device: torch.device) -> Any:
@@ -113,11 +108,11 @@ def _step(
     losses = []
     for part in parts:
         batch = part.to(device)
-        with autocast(settings.precision, device):
+        with autocast(settings.precision, device), model.base.logits_at(batch.predicting):
             output = model.base.model(
                 input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, output_router_logits=settings.router_aux > 0
             )
-        loss = response_loss(output.logits, batch.labels) / count
+        loss = F.cross_entropy(output.logits.float(), batch.targets, reduction="sum") / count
         losses.append(loss.detach())
         if settings.router_aux > 0:
             loss = loss + settings.router_aux * output.aux_loss * (part.response_tokens / count)
@@ -130,15 +125,16 @@ def _step(
 @contextmanager
 def _training(model: GraftedModel, settings: TrainingSettings) -> Iterator[None]:
     """Train mode (dropout) and, if wanted, gradient checkpointing; eval mode afterwards."""
-    network = model.base.model
+    network: Any = model.base.model
+    switch = "activation" if hasattr(network, "activation_checkpointing_enable") else "gradient"  # its name before transformers 5.23
     network.train()
-    if settings.checkpointing:
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
+        if settings.checkpointing:
+            getattr(network, f"{switch}_checkpointing_enable")(**{f"{switch}_checkpointing_kwargs": {"use_reentrant": False}})
         yield
     finally:
         if settings.checkpointing:
-            network.gradient_checkpointing_disable()
+            getattr(network, f"{switch}_checkpointing_disable")()
         network.eval()
 
 
@@ -154,4 +150,7 @@ def _moments(optimizer: torch.optim.Optimizer, order: Sequence[str], leaves: Map
 def _restore(optimizer: torch.optim.Optimizer, order: Sequence[str], leaves: Mapping[str, Tensor], moments: Mapping[str, Tree]) -> None:
     for key in order:
         if key in moments["step"]:
-            optimizer.state[leaves[key]] = {name: tree[key].clone() for name, tree in moments.items()}
+            devices = {"step": "cpu"}  # where AdamW keeps its count
+            optimizer.state[leaves[key]] = {
+                name: tree[key].clone().to(devices.get(name, leaves[key].device)) for name, tree in moments.items()
+            }

@@ -1,0 +1,60 @@
+"""Write docs/benchmarks.md from results.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import results
+
+from fedgraft import files
+
+TARGET = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+INTRODUCTION = """# Benchmarks
+
+Written by `python benchmarks/report.py` from `benchmarks/results.json`; `make bench` measures everything anew. Ratios below 1 are in
+fedgraft's favour. The machine was shared with other work, so absolute seconds say little; the contestants of a ratio took turns in one
+process, or ran one after another, under the same load.
+"""
+SECTIONS = {
+    "A round against the plain PyTorch loop": (
+        ("sequential", "sequential_cpu", "sequential_lean", "sequential_lean_cpu"),
+        """One FLEx round on the embedded base: 4 clients x 4 steps x batch 4, rows of at most 256 tokens, LoRA rank 8. fedgraft's side
+is all that a round of a run does: codec, client memories from and to the disk, tokenising, training, merge, record, commit. The plain side
+trains the same leaves on batches made beforehand and averages in memory. `sequential` uses transformers' own loss over all positions,
+`sequential_lean` a head on the response tokens alone, which is fedgraft's way. Contestants take turns after every client; a ratio is taken
+per round after one to warm up, the table shows its median and range.""",
+    ),
+    "Memory with many clients": (
+        ("memory200", "memory200_all"),
+        """Peak resident memory of a whole run on the embedded base with 200 clients against one with 4, each run in a process of its own.
+All clients choose experts, grow a graft and are evaluated; `memory200` trains 4 of them in each of 2 rounds, `memory200_all` trains all.
+Every client has 50 rows of about 1,000 characters.""",
+    ),
+}
+
+
+def section(title: str, names: tuple[str, ...], text: str, found: dict[str, dict[str, Any]]) -> str:
+    """One section with its command, machine and table; names without a result are left out."""
+    entries = [found[name] for name in names if name in found]
+    if not entries:
+        return f"## {title}\n\n{text}\n\nNot measured yet.\n"
+    first = entries[0]
+    rows = ["| name | ratio | min | max | unit | figures |", "|---|---|---|---|---|---|"]
+    for item in entries:
+        figures = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in item["figures"].items())
+        rows.append(f"| `{item['name']}` | {item['ratio']:.3f} | {item['min']:.3f} | {item['max']:.3f} | {item['unit']} | {figures} |")
+    table = "\n".join(rows)
+    where = f"Measured on {first['machine']} (shared), {first['date']}:"
+    return f"## {title}\n\n{text}\n\n    {first['command']}\n\n{where}\n\n{table}\n"
+
+
+def main() -> None:
+    """Write the page."""
+    found = {item["name"]: item for item in results.read()}
+    parts = [section(title, names, text, found) for title, (names, text) in SECTIONS.items()]
+    files.write_text(TARGET, "\n".join([INTRODUCTION, *parts]))
+
+
+if __name__ == "__main__":
+    main()

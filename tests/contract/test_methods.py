@@ -1,0 +1,207 @@
+"""What every file of the methods folder must do."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections import Counter
+
+import pytest
+import torch
+
+from fedgraft import plugins
+from fedgraft.bundle import Bundle
+from fedgraft.methods.method import Method
+from fedgraft.report.progress import Quiet
+from fedgraft.report.record import Record
+from fedgraft.runner import resume
+from fedgraft.runner import run as run_recipe
+from fedgraft.tree import digest, equal
+from tests.methods.harness import ROWS
+
+METHODS = plugins.names("method")
+pytestmark = pytest.mark.parametrize("method", METHODS)
+
+
+class StopAt(Quiet):
+    """Ctrl-C when a phase has reported so many steps."""
+
+    def __init__(self, phase: str, step: int) -> None:
+        self.left = {phase: step}
+        self.phase = ""
+
+    def begin(self, phase: str, total: int) -> None:
+        self.phase = phase
+
+    def step(self, note: str = "") -> None:
+        if self.phase in self.left:
+            self.left[self.phase] -= 1
+            if self.left[self.phase] == 0:
+                raise KeyboardInterrupt
+
+
+def by_hand(run, method, clients, round_number):
+    """The merged state of one round from the replies on the wire: the mean over the holders of each leaf, weighted by examples."""
+    replies = [Bundle.decode(content) for question, name, content in run.up if question == "train" and name in clients]
+    replies = replies[round_number * len(clients) : (round_number + 1) * len(clients)]
+    mean = {}
+    for key in {key for reply in replies for key in reply.tree("shared")}:
+        held = [(reply.tree("shared")[key].double(), reply.facts["examples"]) for reply in replies if key in reply.tree("shared")]
+        mean[key] = sum(leaf * examples for leaf, examples in held) / sum(examples for _, examples in held)
+    return mean
+
+
+def test_build_returns_a_frozen_method_and_its_docstring_names_every_option(method):
+    build = plugins.load("method", method).build
+    options = inspect.signature(build).parameters
+    assert all(option.default is not inspect.Parameter.empty for option in options.values())
+    assert build.__doc__
+    assert all(f"{name}:" in build.__doc__ for name in options)
+    built = build()
+    assert type(built) is Method
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        built.places = frozenset()
+    assert built.places <= {"attention", "side"}
+
+
+def test_three_rounds_move_the_leaves_and_state_and_memories_survive_codec_and_disk(start, method):
+    run = start(method).go()
+    record = Record.load(run.session.folder)
+    assert [line["round"] for line in record.rounds] == [0, 1, 2]
+    assert record.finished
+    assert set(record.results) == set(ROWS)
+    bundles = {run.session.folder / "state" / "state.safetensors": run.session.server.state}
+    bundles |= {run.session.engine.store._path(name, run.session.engine.asked): run.memory(name) for name in ROWS}
+    for path, bundle in bundles.items():
+        assert Bundle.decode(bundle.encode()).encode() == bundle.encode() == path.read_bytes()
+    leaves = run.state or run.memory("ada").tree("personal")
+    assert leaves
+    assert all(leaf.isfinite().all() and leaf.dtype == torch.float32 for leaf in leaves.values())
+    assert all(leaf.any() for leaf in leaves.values())  # B has left 0
+
+
+@pytest.mark.parametrize(
+    ("phase", "step"),
+    [("selection", 2), ("training", 1), ("training", 2), ("training", 3), ("training", 4), ("training", 6), ("evaluation", 1)],
+)
+def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(place, tmp_path, method, phase, step):
+    """Two of three clients a round: steps 2 and 4 are the last replies before a commit, 1 and 3 the first ones after."""
+    recipe = place.recipe(method, federation={"rounds": 3, "clients_per_round": 2}, training={"optimizer_state": "kept"}, seed=1)
+    if phase == "selection" and "side" not in plugins.load("method", method).build().places:
+        pytest.skip("it selects nothing")
+    if (method, "whole") not in DIGESTS:
+        DIGESTS[method, "whole"] = files(run_recipe(recipe, out=tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, out=tmp_path / "cut", progress=StopAt(phase, step))
+    assert not Record.load(tmp_path / "cut").finished
+    assert files(resume(tmp_path / "cut")) == DIGESTS[method, "whole"]
+
+
+DIGESTS: dict[tuple[str, str], dict[str, object]] = {}
+
+
+def files(record: Record) -> dict[str, object]:
+    """All of a finished run that must not depend on interruptions."""
+    assert record.finished
+    kept = [{key: line[key] for key in ("round", "lr", "loss", "tokens", "bytes_down")} for line in record.rounds]
+    state = Bundle.load(record.folder / "state" / "state.safetensors")
+    newest = {name: max((record.folder / "clients" / name).iterdir()) for name in ROWS}
+    memories = {name: Bundle.load(path).encode() for name, path in newest.items()}
+    return {"digest": record.digest, "results": record.results, "rounds": kept, "state": state.encode(), "memories": memories}
+
+
+def test_personal_leaves_never_travel(start, method):
+    """On the wire, in both directions, and in what the server keeps."""
+    run = start(method, training={"optimizer_state": "kept"}).go()
+    personal = run.session.method.personal
+    bundles = [Bundle.decode(content) for _, _, content in run.up + run.down] + [run.session.server.state]
+    assert len(bundles) > 24
+    assert not [key for bundle in bundles for tree in bundle.trees.values() for key in tree if personal(key)]
+    for name in ROWS:
+        secret = {leaf.numpy().tobytes() for key, leaf in run.memory(name).tree("personal").items() if personal(key) and leaf.numel() > 8}
+        assert not any(raw in content for raw in secret for _, _, content in run.up + run.down)
+
+
+@pytest.mark.parametrize("missing", ["ada", "cy"])
+def test_a_lost_reply_is_survived_and_the_rest_counts(start, method, missing):
+    """In round 1 one of three replies does not arrive; the state is that of a mean over the other two."""
+    run = start(
+        method, lost=lambda question, number, client: (question, number, client) == ("train", 1, missing), federation={"rounds": 2}
+    ).go()
+    assert [set(line["clients"]) for line in Record.load(run.session.folder).rounds] == [set(ROWS), set(ROWS) - {missing}]
+    rest = [name for name in ROWS if name != missing]
+    built = run.session.method
+    if built == Method(places=built.places, personal=built.personal):  # the mean is FedAvg's
+        for key, leaf in by_hand(run, method, rest, 1).items():
+            torch.testing.assert_close(run.state[key].double(), leaf, rtol=0, atol=1e-7)
+    assert all(leaf.isfinite().all() for leaf in run.state.values())
+
+
+def test_a_round_without_any_reply_leaves_the_state(start, method):
+    run = start(
+        method,
+        lost=lambda question, number, client: question == "train" and number == 1,
+        federation={"rounds": 2},
+        training={"lr_min": 1e-3},
+    )
+    run.go()
+    once = start(method, federation={"rounds": 1}).go()
+    assert equal(run.state, once.state)
+    assert Record.load(run.session.folder).rounds[1]["loss"] is None
+
+
+def test_the_seed_decides(start, method):
+    digests = [start(method, seed=seed).go().digest for seed in (0, 0, 1)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_rounds_touch_only_who_takes_part(start, method):
+    """One of three a round: the others' memories are the same files, and each is asked as often as it was drawn."""
+    run = start(method, federation={"rounds": 6, "clients_per_round": 1})
+    written = {}
+
+    def see(question, client, content):
+        run.up.append((question, client, content))
+        now = {name: digest_of(run.session.engine.store, name) for name in ROWS}
+        if question == "train":
+            assert [name for name in ROWS if now[name] != written[name]] == [client]
+        written.update(now)
+
+    run.session.engine.on_send = see
+    written.update(dict.fromkeys(ROWS))
+    run.go()
+    asked = Counter(name for question, name, _ in run.up if question == "train")
+    assert sum(asked.values()) == 6
+    assert len(asked) > 1
+    drawn = []
+    for number in range(6):
+        run.session.server.round = number
+        drawn += run.session.server.sampled()
+    assert [name for question, name, _ in run.up if question == "train"] == drawn
+
+
+def digest_of(store, name):
+    """Digest of a client's newest memory, None before the first."""
+    versions = store.versions(name)
+    return (
+        digest({f"{key}/{leaf}": tensor for key, tree in store.load(name, versions[-1]).trees.items() for leaf, tensor in tree.items()})
+        if versions
+        else None
+    )
+
+
+def test_a_finished_run_can_be_extended(place, tmp_path, method):
+    run_recipe(place.recipe(method, federation={"rounds": 1}), out=tmp_path / "run")
+    before = Record.load(tmp_path / "run")
+    after = resume(tmp_path / "run", rounds=2)
+    assert [line["round"] for line in after.rounds] == [0, 1]
+    assert after.rounds[0] == before.rounds[0]
+    assert after.digest != before.digest
+    assert resume(tmp_path / "run").digest == after.digest  # nothing left to do
+
+
+def test_evaluation_leaves_no_trace(start, method):
+    run = start(method).go()
+    before = {name: run.memory(name).encode() for name in ROWS}, run.session.server.state.encode(), run.digest
+    run.session._evaluate()
+    assert ({name: run.memory(name).encode() for name in ROWS}, run.session.server.state.encode(), run.digest) == before

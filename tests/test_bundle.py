@@ -1,0 +1,98 @@
+"""The codec: whatever goes in comes out, and what is damaged is refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from fedgraft.bundle import SCHEMA, Bundle
+from fedgraft.tree import equal
+from tests.strategies import ADDRESSES, given, trees
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+BUNDLES = st.builds(
+    lambda named, facts: Bundle(trees=named, facts=facts),
+    st.dictionaries(st.sampled_from(["shared", "personal", "moments.exp_avg"]), trees(), max_size=3),
+    st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), JSON, max_size=3),
+)
+
+
+@given(BUNDLES)
+def test_round_trip_is_exact(bundle):
+    again = Bundle.decode(bundle.encode())
+    assert again.trees.keys() == bundle.trees.keys()  # empty trees too
+    assert all(equal(again.tree(name), tree) for name, tree in bundle.trees.items())
+    assert again.facts == bundle.facts
+    assert again.digest() == bundle.digest()
+    assert again.encode() == bundle.encode()  # byte for byte, so files of equal runs are equal
+
+
+@given(BUNDLES)
+def test_save_and_load_are_the_codec(tmp_path_factory, bundle):
+    path = tmp_path_factory.mktemp("bundle") / "deep" / "x.safetensors"
+    bundle.save(path)
+    assert path.read_bytes() == bundle.encode()
+    assert Bundle.load(path).digest() == bundle.digest()
+
+
+def test_decoded_tensors_can_be_written_to():
+    leaf = Bundle.decode(Bundle(trees={"t": {ADDRESSES[0]: torch.ones(2)}}).encode()).tree("t")[ADDRESSES[0]]
+    assert leaf.add_(1).tolist() == [2, 2]
+
+
+def test_views_and_shared_memory_are_stored_by_value():
+    matrix = torch.arange(6.0).reshape(2, 3)
+    leaves = {"row": matrix[1], "turned": matrix.T, "spread": matrix[:, :1].expand(2, 4), "whole": matrix, "grad": matrix.requires_grad_()}
+    bundle = Bundle(trees={"one": leaves, "two": leaves})
+    again = Bundle.decode(bundle.encode())
+    assert equal(again.tree("one"), leaves)
+    assert equal(again.tree("two"), leaves)
+
+
+def test_absent_tree_is_empty_and_digest_ignores_facts_and_empty_trees():
+    leaves = {"a": torch.ones(1)}
+    bundle = Bundle(trees={"t": leaves}, facts={"seconds": 1.0})
+    assert bundle.tree("other") == {}
+    assert bundle.digest() == Bundle(trees={"t": leaves, "none": {}}, facts={"seconds": 2.0}).digest()
+    assert bundle.digest() != Bundle(trees={"u": leaves}).digest()
+
+
+@given(st.data())
+def test_cut_content_is_refused_by_name(data):
+    content = Bundle(trees={"t": {"a": torch.arange(5.0)}}, facts={"n": 1}).encode()
+    cut = content[: data.draw(st.integers(0, len(content) - 1))]
+    with pytest.raises(ValueError, match=r"^the reply: damaged or not written by fedgraft"):
+        Bundle.decode(cut, "the reply")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not safetensors at all", struct.pack("<Q", 2**62), b"\x80\x04K\x01.", struct.pack("<Q", 2) + b"{}"]
+)
+def test_foreign_content_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "memory.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path}: damaged or not written by fedgraft"):
+        Bundle.load(path)
+
+
+def test_a_newer_schema_is_refused_with_the_remedy():
+    content = Bundle(trees={"t": {"a": torch.ones(1)}}).encode()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = {"fedgraft": json.dumps({"schema": SCHEMA + 1, "leaves": "laid out in a way unknown here"})}
+    changed = json.dumps(header).encode()
+    with pytest.raises(ValueError, match=rf"x: written by a newer fedgraft \(schema {SCHEMA + 1}, .* up to {SCHEMA}\); upgrade fedgraft"):
+        Bundle.decode(struct.pack("<Q", len(changed)) + changed + content[8 + size :], "x")
+
+
+def test_a_missing_file_stays_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Bundle.load(tmp_path / "none")
