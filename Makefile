@@ -9,15 +9,18 @@ RUNS := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 SOURCES := src tests $(wildcard tools benchmarks)
 
 .DEFAULT_GOAL := help
+SHELL := bash
 .PHONY: help demo test check static bench venv clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## Local, FedAvg and FLEx on the embedded model and four Dolly clients, then a table (no download)
-	@set -e; for method in local fedavg flex; do \
-		echo "== $$method"; $(BIN)/fedgraft run demo --set method.name=$$method --out $(RUNS)/$$method >/dev/null; \
-	done
+	@mkdir -p $(RUNS); set -o pipefail; \
+	run() { $(BIN)/fedgraft run demo "$$@" 2>&1 >/dev/null | sed -u "s|^|$$name  |"; }; \
+	plain() { name="$$1 "; run --set method.name=$$1 --set graft=null --set evaluation.models='[personal]' --out $(RUNS)/$$1; }; \
+	(plain local && plain fedavg) & others=$$!; \
+	name="flex "; run --out $(RUNS)/flex && wait $$others
 	@$(BIN)/fedgraft compare $(RUNS)/local $(RUNS)/fedavg $(RUNS)/flex
 
 test: static ## Everything `check` does, then unit and contract tests

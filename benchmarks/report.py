@@ -23,7 +23,8 @@ SECTIONS = {
 is all that a round of a run does: codec, client memories from and to the disk, tokenising, training, merge, record, commit. The plain side
 trains the same leaves on batches made beforehand and averages in memory. `sequential` uses transformers' own loss over all positions,
 `sequential_lean` a head on the response tokens alone, which is fedgraft's way. Contestants take turns after every client; a ratio is taken
-per round after one to warm up, the table shows its median and range.""",
+per round after one to warm up, the table shows its median and range. Run with the environment that `make bench` sets: one thread, and an
+allocator that keeps freed memory.""",
     ),
     "Memory with many clients": (
         ("memory200", "memory200_all"),

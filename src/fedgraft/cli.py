@@ -64,8 +64,8 @@ def run(
     with _starting(quiet or as_json):
         from fedgraft.runner import run as execute
 
-    with _interruptible():
-        record = execute(recipe, out=out, overrides=set_, progress=_progress(quiet or as_json))
+    with _reporting(quiet or as_json) as progress:
+        record = execute(recipe, out=out, overrides=set_, progress=progress)
     _show_run(record, as_json)
 
 
@@ -80,8 +80,8 @@ def resume(
     with _starting(quiet or as_json):
         from fedgraft.runner import resume as execute
 
-    with _interruptible(folder):
-        record = execute(folder, rounds=rounds, progress=_progress(quiet or as_json))
+    with _reporting(quiet or as_json, folder) as progress:
+        record = execute(folder, rounds=rounds, progress=progress)
     _show_run(record, as_json)
 
 
@@ -167,15 +167,19 @@ def main() -> None:
 
 
 @contextmanager
-def _interruptible(folder: Path | None = None) -> Iterator[None]:
-    """Ctrl-C ends in exit code 130 and how to go on; `folder` is the run that was already there."""
+def _reporting(quiet: bool, folder: Path | None = None) -> Iterator[Progress]:
+    """Progress that leaves the terminal as it was; Ctrl-C ends in exit code 130 and how to go on (`folder`: the run that was there)."""
+    progress = _progress(quiet)
     try:
-        yield
+        yield progress
     except KeyboardInterrupt as stop:
+        progress.close()
         left = getattr(stop, "folder", folder)
         hint = f"What was finished is saved; continue with: fedgraft resume {shlex.quote(str(left))}" if left else "Nothing was begun."
         _console(stderr=True).print(f"Stopped. {hint}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
+    finally:
+        progress.close()
 
 
 def _show_run(record: Record, as_json: bool) -> None:

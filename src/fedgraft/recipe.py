@@ -17,7 +17,7 @@ from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.grafts.lora import LoraSettings
 from fedgraft.grafts.side_expert import GraftSettings
 from fedgraft.methods.method import Method
-from fedgraft.moe.load import ModelSettings
+from fedgraft.moe.load import EMBEDDED, ModelSettings
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
@@ -78,7 +78,9 @@ class Recipe(Section):
         if "selection" in method.sections:
             plugins.load("criterion", self.selection.criterion)
         for section in sorted((self.model_fields_set & METHOD_SECTIONS) - method.sections):
-            raise ValueError(f"{section}: set in the recipe, but method {self.method.name!r} doesn't use it; remove the section")
+            raise ValueError(
+                f"{section}: set in the recipe, but method {self.method.name!r} doesn't use it; remove it, or --set {section}=null"
+            )
         return method
 
     def complete(self) -> dict[str, Any]:
@@ -88,6 +90,19 @@ class Recipe(Section):
         options = inspect.signature(plugins.load("method", self.method.name).build).parameters
         values["method"] = {"name": self.method.name, **{name: option.default for name, option in options.items()}} | values["method"]
         return values
+
+    def absolute(self) -> Recipe:
+        """The recipe with local paths made absolute, so that it can be resumed from anywhere."""
+        parts: dict[str, Any] = {}
+        if self.data.path:
+            parts["data"] = self.data.model_copy(update={"path": _resolved(self.data.path)})
+        if self.model.name != EMBEDDED and Path(self.model.name).expanduser().is_dir():
+            parts["model"] = self.model.model_copy(update={"name": _resolved(self.model.name)})
+        return self.model_copy(update=parts)
+
+
+def _resolved(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 class _Loader(yaml.SafeLoader):
@@ -137,6 +152,7 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe | None = None, over
     values.pop("schema", None)  # a run's own recipe.yaml carries one
     for override in overrides or []:
         values = _assign(values, override)
+    values = {section: value for section, value in values.items() if value is not None}
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:

@@ -27,7 +27,7 @@ from fedgraft.data.partition import ClientData, counts, load_clients
 from fedgraft.engine.inprocess import InProcess
 from fedgraft.evaluation.personal import evaluate_client
 from fedgraft.grafts.graft import GraftedModel
-from fedgraft.moe.load import EMBEDDED, load_base
+from fedgraft.moe.load import load_base
 from fedgraft.recipe import Recipe, load_recipe
 from fedgraft.report.progress import Progress, Quiet
 from fedgraft.report.record import Record, read_document, read_recipe, write_document, write_recipe
@@ -61,7 +61,7 @@ def run(
     folder = Path(out) if out is not None else _new_folder(checked.method.name)
     if folder.exists() and (not folder.is_dir() or any(not LEFTOVER.fullmatch(entry.name) for entry in folder.iterdir())):
         raise ValueError(f"{folder}: exists and is never overwritten; choose another --out, or continue it with: fedgraft resume {folder}")
-    session = Session(_absolute(checked), folder, progress or Quiet())
+    session = Session(checked.absolute(), folder, progress or Quiet())
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(folder / "recipe.yaml", session.recipe.complete())
     write_document(folder / "environment.json", session.environment())
@@ -167,7 +167,10 @@ class Session:
 
     def environment(self) -> dict[str, Any]:
         """What the run ran on, and the digests that a resume compares."""
-        text = [f"{row}" for data in self.clients.values() for part in (data.train, data.validation, data.test) for row in part]
+        rows = hashlib.sha256()
+        for data in self.clients.values():
+            for row in (*data.train, *data.validation, *data.test):
+                rows.update(f"{row}\n".encode())
         return {
             "fedgraft": metadata.version("fedgraft") if _installed("fedgraft") else "source",
             "packages": {name: metadata.version(name) for name in PACKAGES},
@@ -179,7 +182,7 @@ class Session:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "base": self.model.base.name,
             "base_digest": self.model.base.digest,
-            "data_digest": hashlib.sha256("\n".join(text).encode()).hexdigest(),
+            "data_digest": rows.hexdigest(),
             "clients": counts(list(self.clients.values())),
         }
 
@@ -261,20 +264,6 @@ class Session:
 def _new_folder(method: str) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{method}-{stamp}"
-
-
-def _absolute(recipe: Recipe) -> Recipe:
-    """The recipe with local paths made absolute, so that it can be resumed from anywhere."""
-    parts: dict[str, Any] = {}
-    if recipe.data.path:
-        parts["data"] = recipe.data.model_copy(update={"path": _resolved(recipe.data.path)})
-    if recipe.model.name != EMBEDDED and Path(recipe.model.name).expanduser().is_dir():
-        parts["model"] = recipe.model.model_copy(update={"name": _resolved(recipe.model.name)})
-    return recipe.model_copy(update=parts)
-
-
-def _resolved(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
 
 
 def _same_origin(session: Session) -> None:

@@ -70,6 +70,8 @@ def test_three_rounds_move_the_leaves_and_state_and_memories_survive_codec_and_d
     assert [line["round"] for line in record.rounds] == [0, 1, 2]
     assert record.finished
     assert set(record.results) == set(ROWS)
+    for name, seen in (("bytes_up", run.up), ("bytes_down", run.down)):
+        assert sum(line[name] for line in record.rounds) == sum(len(content) for question, _, content in seen if question == "train")
     bundles = {run.session.folder / "state" / "state.safetensors": run.session.server.state}
     bundles |= {run.session.engine.store._path(name, run.session.engine.asked): run.memory(name) for name in ROWS}
     for path, bundle in bundles.items():

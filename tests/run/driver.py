@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,11 @@ def _watch_writes(tell: Any, crash_at: int | None) -> None:
     count = 0
     replace, unlink, append = os.replace, os.unlink, files.append_line
 
-    def moment(name: str) -> None:
+    def moment(name: str, before: Callable[[], object] = lambda: None) -> None:
         nonlocal count
         count += 1
         if count == crash_at:
+            before()
             os.kill(os.getpid(), signal.SIGKILL)
         tell(write=name)
 
@@ -95,12 +97,9 @@ def _watch_writes(tell: Any, crash_at: int | None) -> None:
 
     def watched_append(path: Path, value: Any) -> None:
         moment(f"a line of {path.name}")
-        size = path.stat().st_size if path.exists() else 0
+        whole = path.stat().st_size if path.exists() else 0
         append(path, value)
-        whole = path.read_bytes()
-        path.write_bytes(whole[: (size + len(whole)) // 2])
-        moment(f"the second half of a line of {path.name}")
-        path.write_bytes(whole)
+        moment(f"the second half of a line of {path.name}", lambda: os.truncate(path, (whole + path.stat().st_size) // 2))
 
     os.replace, os.unlink, files.append_line = watched_replace, watched_unlink, watched_append
     os.fsync = lambda handle: None

@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from fedgraft import __version__, runner
+from fedgraft.report.progress import Quiet
 from fedgraft.report.record import Record
 from fedgraft.runner import run
-from tests.run.conftest import ENVIRONMENT, ROOT
+from tests.run.conftest import ENVIRONMENT, ROOT, cli
 from tests.run.world import contents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in Click:DeprecationWarning")
@@ -37,15 +38,14 @@ def settings():
     return [word for assignment in SMALL for word in ("--set", assignment)]
 
 
-def test_run_prints_tables_on_stdout_and_progress_as_json_lines_on_stderr(command, recipe, tmp_path):
+def test_run_prints_tables_on_stdout_and_progress_as_lines_on_stderr(command, recipe, tmp_path):
     done = command("run", recipe, "--out", tmp_path / "out", *settings())
     assert done.code == 0
     for words in ("response loss (nats/token)", "token accuracy", "bakery", "mean", "worst", f"results in {tmp_path / 'out'}"):
         assert words in done.out
-    lines = [json.loads(line) for line in done.err.splitlines()]
-    assert list(dict.fromkeys(line["phase"] for line in lines)) == ["loading", "training", "evaluation"]
-    assert {(line["phase"], line["done"]) for line in lines} >= {("training", 0), ("training", 3), ("evaluation", 3)}
-    assert all(line.keys() == {"phase", "done", "total", "note"} for line in lines)
+    lines = [tuple(line.split()[:2]) for line in done.err.splitlines()]
+    assert list(dict.fromkeys(phase for phase, _ in lines)) == ["loading", "training", "evaluation"]
+    assert set(lines) >= {("training", "0/3"), ("training", "3/3"), ("evaluation", "3/3")}
     assert not set(re.findall(r"\w+", done.out)) & PHASES
 
 
@@ -199,6 +199,24 @@ def test_debug_shows_the_traceback(command, capfd):
     with pytest.raises(ValueError, match="no such recipe"):
         command("--debug", "run", "nowhere.yaml")
     assert command("run", "nowhere.yaml").code == 2  # and only where asked
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_the_terminal_is_given_back_after_an_error(command, monkeypatch, error):
+    """Bars hide the cursor until they are closed."""
+    closed = []
+
+    class Watched(Quiet):
+        def close(self):
+            closed.append(True)
+
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "_progress", lambda quiet: Watched())
+    monkeypatch.setattr(runner, "run", failing)
+    assert command("run").code in {2, 130}
+    assert closed
 
 
 def test_markup_in_an_error_is_printed_as_it_is(command):

@@ -92,6 +92,8 @@ def personal_leaves(method: Method, client: Client) -> Tree:
 
 def train_round(method: Method, client: Client, package: Bundle) -> Bundle:
     """Train shared and personal leaves together; remember both, send the shared ones."""
+    if "side" in method.places and not client.experts:  # it was away when the others chose
+        method.graft(method, client, package)
     start = combine(package.tree("shared"), personal_leaves(method, client))
     round_number, lr = package.facts["round"], package.facts["lr"]
     assert isinstance(round_number, int)

@@ -1,8 +1,7 @@
-"""Progress of long work: bars in a terminal, JSON Lines elsewhere, nothing when quiet."""
+"""Progress of long work: bars in a terminal, plain lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -35,7 +34,7 @@ class Quiet:
 
 
 class Lines:
-    """JSON Lines through `write`: {phase, done, total, note} when a phase starts, at its end, and between at most every `every` seconds."""
+    """Plain lines through `write`, `phase done/total note`: when a phase starts, at its end, and between at most every `every` seconds."""
 
     def __init__(self, write: Callable[[str], object], every: float = 5.0) -> None:
         self.write, self.every = write, every
@@ -57,8 +56,7 @@ class Lines:
         """Nothing more comes."""
 
     def _say(self, note: str) -> None:
-        line = {"phase": self.phase, "done": self.done, "total": self.total, "note": note}
-        self.write(json.dumps(line, ensure_ascii=False))
+        self.write(f"{self.phase:<10} {self.done}/{self.total}  {note}".rstrip())
 
 
 class Bars:
