@@ -23,10 +23,10 @@ DOCUMENT = Path("docs/results.md")
 
 
 def differences(recipes: list[dict[str, Any]]) -> list[str]:
-    """A label per recipe: the method and every setting, seed excepted, in which the recipes differ."""
+    """A label per recipe: the method and every setting, seed and evaluation excepted, in which the recipes differ."""
     flat = [dict(_flatten(recipe)) for recipe in recipes]
     skipped = {"seed", "method.name"}
-    keys = sorted({key for values in flat for key in values} - skipped)
+    keys = sorted(key for key in {key for values in flat for key in values} - skipped if not key.startswith("evaluation."))
     labels = []
     for values in flat:
         same_method = [other for other in flat if other["method.name"] == values["method.name"]]

@@ -203,8 +203,10 @@ class Session:
             facts = dict(reply.bundle.facts)
             self.replies[reply.client] = facts
             loss = facts.get("loss")
-            note = f"round {self.server.round + 1}  {reply.client}" + (f"  loss {loss:.3f}" if isinstance(loss, float) else "")
-            self.progress.step(note if question == "train" else reply.client)
+            note = f"round {self.server.round + 1}  {reply.client}  loss {loss:.3f}" if isinstance(loss, float) else reply.client
+            if "calibration_tokens" in facts:
+                note = f"{reply.client}  {facts['calibration_tokens']:,} calibration tokens (the paper's runs: 262,144)"
+            self.progress.step(note)
             yield reply
 
     def _open(self) -> None:
@@ -222,7 +224,7 @@ class Session:
         lr = self.server.round_lr()
         self.method.round(self.method, self.server, self._ask)
         clients = {
-            name: {key: facts[key] for key in ("loss", "tokens", "seconds", "examples") if key in facts}
+            name: {key: facts[key] for key in ("loss", "tokens", "seconds", "examples", "truncated") if key in facts}
             for name, facts in self.replies.items()
         }
         losses = [facts["loss"] for facts in clients.values() if "loss" in facts]

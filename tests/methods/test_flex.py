@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_replies_hold_what_is_documented_and_nothing_more(start):
     replies = {question: Bundle.decode(content) for question, _, content in run.up}
     assert {question: set(reply.trees) for question, reply in replies.items()} == {"graft": set(), "train": {"shared"}, "evaluate": set()}
     assert set(replies["graft"].facts) == {"experts", "errors", "calibration_tokens"}
-    assert set(replies["train"].facts) == {"examples", "loss", "tokens", "seconds"}
+    assert set(replies["train"].facts) == {"examples", "loss", "tokens", "seconds", "truncated"}
     assert set(run.memory("ada").trees) == {"personal", "trained", "moments.exp_avg", "moments.exp_avg_sq", "moments.step"}
 
 
@@ -114,3 +116,22 @@ def test_bytes_are_those_of_the_attention_leaves_in_float32(start):
     contents = [content for question, _, content in run.up + run.down if question == "train"]
     assert all(5120 < len(content) < 5120 + 2500 for content in contents)
     assert sum(leaf.numel() * 4 for leaf in run.state.values()) == 5120
+
+
+def test_a_client_that_was_away_when_the_others_chose_grows_its_graft_when_it_first_trains(start):
+    """Its own ask 0 never happened; what it then has is what it would have had."""
+    whole, run = start("flex").go(), start("flex")
+    engine = run.session.engine
+    ask = engine.ask
+    engine.ask = lambda question, packages: ask(question, {name: p for name, p in packages.items() if (question, name) != ("graft", "bo")})
+    run.go()
+    assert run.memory("bo").facts["experts"] == whole.memory("bo").facts["experts"]
+    assert run.digest == whole.digest
+
+
+def test_cut_rows_are_counted(start):
+    """Every row takes more than 34 tokens of one byte each (the markers alone are 29), none more than 1,000."""
+    for longest, cut in ((34, 4), (1000, 0)):
+        run = start("flex", data={"max_length": longest}, clients=("ada", "bo")).go()
+        lines = (run.session.folder / "rounds.jsonl").read_text().splitlines()
+        assert [client["truncated"] for line in lines for client in json.loads(line)["clients"].values()] == [cut] * 6

@@ -90,6 +90,12 @@ def test_set_on_a_recipe_object_keeps_what_was_set():
     assert recipe.model_fields_set == {"training"}
 
 
+def test_null_takes_a_section_back():
+    recipe = set_("graft=null", "method.name=fedavg", source={"graft": {"train": "full"}})
+    assert "graft" not in recipe.model_fields_set
+    recipe.build_method()
+
+
 @pytest.mark.parametrize(
     ("source", "assignments", "words"),
     [
@@ -100,7 +106,6 @@ def test_set_on_a_recipe_object_keeps_what_was_set():
         ({"training": {"steps": 1.5}}, [], ["training.steps", "1.5"]),
         ({"model": {"dtype": "float16"}}, [], ["model.dtype", "'float32' or 'bfloat16'", "'float16'"]),
         ({"model": {"name": None}}, [], ["model.name", "valid string"]),
-        ({"training": None}, [], ["training", "TrainingSettings"]),
         ({"seed": -1}, [], ["seed", "greater than or equal to 0"]),
         ({"data": {"categories": [1]}}, [], ["data.categories.0", "valid string"]),
         ({"evaluation": {"models": ["best"]}}, [], ["evaluation.models.0", "'personal'", "'best'"]),
@@ -110,7 +115,7 @@ def test_set_on_a_recipe_object_keeps_what_was_set():
         ({"selection": {"criterion": "reconstruct"}}, [], ["unknown criterion 'reconstruct' (did you mean", "gate_mass"]),
         ({"method": {"name": "flex", "mu": 1}}, [], ["method.mu: 'flex' has no such option", "its options: none"]),
         ({"method": {"name": "fedavg"}, "graft": {"per_layer": 1}}, [], ["graft: set in the recipe, but method 'fedavg' doesn't use it"]),
-        ({"method": {"name": "local"}, "selection": {}}, [], ["selection: set in the recipe, but method 'local'", "remove the section"]),
+        ({"method": {"name": "local"}, "selection": {}}, [], ["selection: set in the recipe, but method 'local'", "--set selection=null"]),
         ({}, ["training.lr"], ["--set training.lr: write section.key=value"]),
         ({}, ["=3"], ["--set =3: write section.key=value"]),
         ({}, ["training.lr=[1"], ["--set training.lr=[1: the value is not valid YAML; quote it"]),

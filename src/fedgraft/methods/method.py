@@ -102,7 +102,13 @@ def train_round(method: Method, client: Client, package: Bundle) -> Bundle:
     personal, shared = partition(result.tree, method.personal)
     moments = {f"moments.{name}": tree for name, tree in result.moments.items()}
     client.remember(trees={"personal": personal, "trained": shared, **moments})
-    facts: dict[str, Fact] = {"examples": client.examples, "loss": result.loss, "tokens": result.tokens, "seconds": result.seconds}
+    facts: dict[str, Fact] = {
+        "examples": client.examples,
+        "loss": result.loss,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "truncated": client.truncated,
+    }
     return Bundle(trees={"shared": shared}, facts=facts)
 
 

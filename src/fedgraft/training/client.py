@@ -33,6 +33,8 @@ class Client:
     training: TrainingSettings
     selection: SelectionSettings
     memory: Bundle = field(default_factory=Bundle)
+    truncated: int = 0
+    """Rows cut to `data.max_length` since the client was opened."""
 
     @property
     def name(self) -> str:
@@ -106,7 +108,9 @@ class Client:
 
     def _row(self, example: Example) -> Any:
         settings = self.data_settings
-        return encode(example, self.model.base.tokenizer, settings.template, settings.max_length)[0]
+        row, cut = encode(example, self.model.base.tokenizer, settings.template, settings.max_length)
+        self.truncated += cut
+        return row
 
 
 class MemoryStore:
