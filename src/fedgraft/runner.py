@@ -57,7 +57,6 @@ def run(
         ValueError: bad recipe, data or model; the message names file, key or client and the remedy.
     """
     checked = load_recipe(recipe, overrides)
-    checked.build_method()
     folder = Path(out) if out is not None else _new_folder(checked.method.name)
     if folder.exists() and (not folder.is_dir() or any(not LEFTOVER.fullmatch(entry.name) for entry in folder.iterdir())):
         raise ValueError(f"{folder}: exists and is never overwritten; choose another --out, or continue it with: fedgraft resume {folder}")
