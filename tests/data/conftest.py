@@ -4,29 +4,19 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
-    "{{ '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+from tests.conftest import CHAT_TEMPLATE, END, TURN, TURN_END
+
+SPECIAL = [END, TURN, TURN_END]
 
 
-def build(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+def build(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"]
     model = models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[("Ċ", "Ċ")])
     inner = Tokenizer(model)
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(SPECIAL)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=TURN_END, pad_token=END, clean_up_tokenization_spaces=False)
     tokenizer.chat_template = chat_template
     return tokenizer
 

@@ -51,11 +51,14 @@ def test_extracted_expert_is_the_blocks_own(tiny_base, family, dispatch):
             torch.testing.assert_close(extracted, own, rtol=1e-5, atol=1e-5)
 
 
+CLAMP = 7.0  # of gpt-oss; the attribute that holds it differs between transformers versions
+
+
 def test_clamped_activation_is_the_blocks_own(tiny_base):
     base = tiny_base("gpt_oss", **OTHERS["gpt_oss"])
     x = 100 * torch.randn(24, H)  # far beyond the clamp
     expert = base.family.expert(base.sites[0], 3)
-    assert expert.split(torch.nn.functional.linear(x, expert.fused, expert.fused_bias))[0].abs().max() > base.model.config.swiglu_limit
+    assert expert.split(torch.nn.functional.linear(x, expert.fused, expert.fused_bias))[0].abs().max() > CLAMP
     with torch.no_grad():
         torch.testing.assert_close(expert(x), own_path(base.sites[0].experts, x, 3), rtol=1e-5, atol=1e-4)
 
