@@ -1,0 +1,40 @@
+"""`fedgraft list`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedgraft.cli.frame import AsJson, app, console, print_json
+
+KINDS = {"methods": "method", "families": "family", "criteria": "criterion", "datasets": "dataset"}
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="methods, families, datasets or criteria")],
+    as_json: AsJson = False,
+) -> None:
+    """List what a name in a recipe can be."""
+    from fedgraft.plugins import nearest
+
+    if kind not in KINDS:
+        raise ValueError(f"list {kind}: there is no such list{nearest(kind, list(KINDS))}; choose from {', '.join(KINDS)}")
+    if kind == "families":
+        from fedgraft.moe.catalogue import families
+
+        rows = families()
+    else:
+        from fedgraft.plugins import describe
+
+        rows = describe(KINDS[kind])
+    if as_json:
+        print_json(rows)
+        return
+    from rich.table import Table as RichTable
+
+    table = RichTable("name", "supported", "note")
+    for row in rows:
+        table.add_row(row["name"], "yes" if row["supported"] else "not proven", row["reason"])
+    console().print(table)

@@ -1,0 +1,68 @@
+"""`fedgraft run` and `fedgraft resume`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedgraft.cli.frame import AsJson, IsQuiet, app, print_json, reporting, starting
+from fedgraft.cli.tables import print_cost, print_tables
+
+if TYPE_CHECKING:
+    from fedgraft.report.record import Record
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A YAML file or the name of a shipped recipe; without one, the embedded demo.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="New folder for the run [default: runs/<method>-<time>].")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value. Repeatable.")] = None,
+    as_json: AsJson = False,
+    quiet: IsQuiet = False,
+) -> None:
+    """Run a recipe and print its tables."""
+    with starting(quiet or as_json):
+        from fedgraft.runner import run as execute
+
+    with reporting(quiet or as_json) as progress:
+        record = execute(recipe, out=out, overrides=set_, progress=progress)
+    _show_run(record, as_json)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Extend the run to so many rounds.")] = None,
+    as_json: AsJson = False,
+    quiet: IsQuiet = False,
+) -> None:
+    """Continue a run that was stopped, or extend a finished one."""
+    with starting(quiet or as_json):
+        from fedgraft.runner import resume as execute
+
+    with reporting(quiet or as_json, folder) as progress:
+        record = execute(folder, rounds=rounds, progress=progress)
+    _show_run(record, as_json)
+
+
+def _show_run(record: Record, as_json: bool) -> None:
+    from fedgraft.report.table import cost, run_tables
+
+    tables = run_tables(record)
+    if as_json:
+        print_json(
+            {
+                "folder": str(record.folder),
+                "method": record.method,
+                "digest": record.digest,
+                **cost(record),
+                "tables": [table.as_dict() for table in tables],
+            }
+        )
+        return
+    print_tables(tables)
+    print_cost(record.method, record)

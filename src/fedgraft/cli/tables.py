@@ -1,0 +1,40 @@
+"""Tables in a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedgraft.cli.frame import console
+
+if TYPE_CHECKING:
+    from fedgraft.report.record import Record
+    from fedgraft.report.table import Table
+
+
+def print_tables(tables: list[Table]) -> None:
+    """Each figure as a table with its summary rows."""
+    from rich.table import Table as RichTable
+
+    for table in tables:
+        drawn = RichTable("client")
+        for name in table.columns:
+            drawn.add_column(name, justify="right")
+        for client, values in table.clients.items():
+            drawn.add_row(client, *(f"{values[name]:.{table.digits}f}" if name in values else "-" for name in table.columns))
+        drawn.add_section()
+        for row, values in table.summary.items():
+            style = "bold" if row == "mean" else None
+            drawn.add_row(row, *(f"{values[name]:.{table.digits}f}" for name in table.columns), style=style)
+        console().print(table.title, style="bold", highlight=False, soft_wrap=True)
+        console().print(drawn)
+
+
+def print_cost(name: str, record: Record) -> None:
+    """One line on rounds, seconds and bytes, and where the results lie."""
+    from fedgraft.report.table import cost
+
+    figures = cost(record)
+    up, down = figures["bytes_up_per_round"] / 1e6, figures["bytes_down_per_round"] / 1e6
+    line = f"{name}: {figures['rounds']} round{'' if figures['rounds'] == 1 else 's'} in {figures['training_seconds']:.0f} s, "
+    line += f"{up:.2f} MB up and {down:.2f} MB down a round (fp32, all clients)"
+    console().print(f"{line}\n  results in {record.folder}", highlight=False, soft_wrap=True)
