@@ -11,18 +11,20 @@ from pathlib import PurePath
 LAYERS = (
     {"cli"},
     {"runner"},
+    {"folders", "origin", "trouble"},
     {"recipe"},
     {"engine", "evaluation", "report"},
     {"methods"},
     {"training", "aggregation", "selection"},
     {"grafts", "moe", "data"},
-    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings"},
+    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals"},
 )
 BESIDE = {
     "grafts": {"moe"},
     "training": {"selection"},
     "bundle": {"tree", "address", "files"},
     "address": {"tree"},
+    "files": {"signals"},
 }
 # Foreign packages that only some parts may import; TYPES_ONLY names parts that may do so under `if TYPE_CHECKING:`.
 OWNERS = {"flwr": {"engine"}, "peft": {"grafts"}, "transformers": {"moe", "grafts"}}

@@ -17,13 +17,13 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: clients x methods, one table per figure."""
-    from fedgraft.report.record import Record
+    from fedgraft.report.record import Record, resume_command
     from fedgraft.report.table import compare_tables, cost, labels
 
     records = [Record.load(folder) for folder in folders]
     for record in records:
         if not record.results:
-            raise ValueError(f"{record.folder}: not evaluated yet; finish it with: fedgraft resume {record.folder}")
+            raise ValueError(f"{record.folder}: not evaluated yet; finish it with: {resume_command(record.folder)}")
     tables, names = compare_tables(records), labels(records)
     if as_json:
         runs = [
