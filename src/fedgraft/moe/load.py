@@ -94,8 +94,8 @@ def load_base(settings: ModelSettings) -> Base:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"model.name {settings.name!r}: cannot be loaded as a causal language model ({error})") from error
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"model.name {settings.name!r}: cannot be loaded as an MoE language model ({error})") from error
     return prepare(settings.name, model.to(device), tokenizer, _digest(source, model.config))
 
 

@@ -55,10 +55,11 @@ class Phase:
         self.name, self.total, self.done, self.began = name, total, 0.0, time.monotonic()
 
     def left(self) -> str:
-        """Time left as [h:]mm:ss, "" before there is a pace."""
-        if not 0 < self.done < self.total:
+        """Time left as [h:]mm:ss, "" before there is a pace: nothing is done, or within the first second."""
+        taken = time.monotonic() - self.began
+        if not 0 < self.done < self.total or taken < 1:
             return ""
-        seconds = round((time.monotonic() - self.began) * (self.total - self.done) / self.done)
+        seconds = round(taken * (self.total - self.done) / self.done)
         hours, minutes = divmod(seconds // 60, 60)
         return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
 
