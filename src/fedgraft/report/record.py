@@ -16,6 +16,7 @@ import yaml
 from fedgraft import files
 
 SCHEMA = 1
+QUOTE = shlex.quote if os.name == "posix" else lambda word: subprocess.list2cmdline([word])  # as the shell at hand reads it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ def resume_command(folder: Path) -> str:
     """What continues a run, as it is typed where the user stands."""
     here = Path.cwd()
     shown = str(folder.relative_to(here) if folder.is_absolute() and folder.is_relative_to(here) else folder)
-    return f"fedgraft resume {subprocess.list2cmdline([shown]) if os.name == 'nt' else shlex.quote(shown)}"
+    return f"fedgraft resume {QUOTE(shown)}"
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
