@@ -76,7 +76,7 @@ def resume(folder: str | Path, *, rounds: int | None = None, progress: Progress 
     folder = Path(folder)
     if not (folder / "recipe.yaml").is_file():
         raise ValueError(f"{folder}: not a run folder (it has no recipe.yaml)")
-    stand = Stand(folder, at="where it was")
+    stand = Stand(folder, at="its last finished round")
     with told(stand), files.locked(folder):
         read_recipe(folder / "recipe.yaml")  # refuses a newer schema
         recipe = load_recipe(folder / "recipe.yaml", [f"federation.rounds={rounds}"] if rounds is not None else None)
