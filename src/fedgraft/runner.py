@@ -110,7 +110,7 @@ class Session:
         self._begin("loading", 2)
         self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
         _check_rows(self.clients.values(), recipe.evaluation.split)
-        progress.step("data")
+        progress.step(f"data; next the base model {recipe.model.name}")
         self.model = GraftedModel(load_base(recipe.model), recipe.lora, recipe.graft)
         progress.step("model")
         self.engine = InProcess(

@@ -65,10 +65,11 @@ def out_of_memory(error: BaseException, phase: str, client: str) -> str:
 
 def disk(error: OSError) -> str:
     """The message for a full disk or a forbidden file, naming it; "" for any other error."""
+    name = error.filename if error.filename is not None else "a file"
     if error.errno in NO_SPACE:
-        return f"{error.filename}: no space left on the disk; free some"
+        return f"{name}: no space left on the disk; free some"
     if error.errno in FORBIDDEN:
-        return f"{error.filename}: no permission ({error.strerror}); change its owner or mode, or choose another folder"
+        return f"{name}: no permission ({error.strerror}); change its owner or mode, or choose another folder"
     return ""
 
 
