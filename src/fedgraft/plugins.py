@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-import importlib.util
 import pkgutil
-from importlib.abc import InspectLoader
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -41,19 +40,18 @@ def load(kind: str, name: str) -> ModuleType:
 
 
 def describe(kind: str) -> list[dict[str, Any]]:
-    """Every plug-in of a kind with the first line of its docstring, which is read without running the module and what it imports."""
-    return [{"name": name, "supported": True, "reason": _first_line(f"{FOLDERS[kind]}.{name}")} for name in names(kind)]
+    """Every plug-in of a kind with the first line of its docstring."""
+    return [{"name": name, "supported": True, "reason": first_line(kind, name)} for name in names(kind)]
+
+
+def first_line(kind: str, name: str) -> str:
+    """The first line of a plug-in's docstring, read without importing it."""
+    (folder,) = importlib.import_module(FOLDERS[kind]).__path__
+    text = ast.get_docstring(ast.parse((Path(folder) / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    return text.splitlines()[0] if text else ""
 
 
 def nearest(name: str, known: list[str]) -> str:
     """` (did you mean 'x'?)`, or nothing when no known name is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _first_line(module: str) -> str:
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    source = spec.loader.get_source(module) if isinstance(spec.loader, InspectLoader) else None
-    text = ast.get_docstring(ast.parse(source or "")) or ""
-    return text.partition("\n")[0]
