@@ -229,7 +229,10 @@ def _text_call(node: ast.Call) -> list[str]:
     modes = [value for value in arguments if isinstance(value, str) and re.fullmatch("[rwaxbt+]+", value)] if name == "open" else []
     mode = modes[0] if modes else {"write_text": "w"}.get(name, "r")
     needed = [] if "b" in mode else ["encoding", "newline"] if set(mode) & set("wax+") else ["encoding"]
-    return [f"{name} without {what}" for what in needed if what not in {keyword.arg for keyword in node.keywords}]
+    named = {keyword.arg for keyword in node.keywords}
+    if len(arguments) > {"read_text": 0, "write_text": 1, "open": 2 if owner else 3}[name]:
+        named.add("encoding")
+    return [f"{name} without {what}" for what in needed if what not in named]
 
 
 def unfinished(module: str, source: str) -> list[str]:
