@@ -38,11 +38,8 @@ def environment(base: Base, clients: Sequence[ClientData]) -> dict[str, Any]:
     }
 
 
-def compare(folder: Path, now: dict[str, Any]) -> str:
-    """Refuse another base model or other data than the run in `folder` began with; note other versions in its `environment.json`.
-
-    Returns:
-        What to warn of: that versions differ from the last ones the run ran on, else "".
+def check(folder: Path, now: dict[str, Any]) -> None:
+    """Refuse another base model or other data than the run in `folder` began with.
 
     Raises:
         ValueError: another base model, other data, or no record of them.
@@ -51,7 +48,7 @@ def compare(folder: Path, now: dict[str, Any]) -> str:
     before = read_document(path)
     if not before and not (folder / "state").exists():  # killed before it was written
         write_document(path, now)
-        return ""
+        return
     if not before:
         raise ValueError(f"{path}: missing, so what the run began with is unknown; restore the file from a copy, or start a new run")
     if before.get("base_digest") != now["base_digest"]:
@@ -60,7 +57,25 @@ def compare(folder: Path, now: dict[str, Any]) -> str:
         )
     if before.get("data_digest") != now["data_digest"]:
         raise ValueError(f"{folder}: {_changed(before, now)} from those this run began with; restore them, or start a new run")
-    return _note_versions(path, before, now)
+
+
+def note_versions(folder: Path, now: dict[str, Any]) -> str:
+    """Note in `environment.json` that the run goes on with other versions than its last ones.
+
+    Returns:
+        The warning that the user should see, "" when they are the same.
+    """
+    path = folder / "environment.json"
+    before = read_document(path)
+    resumptions = before.get("resumptions", [])
+    last = _flat(resumptions[-1] if resumptions else before)
+    changes = [f"{name} {last[name]} -> {value}" for name, value in _flat(now).items() if name in last and last[name] != value]
+    if not changes:
+        return ""
+    versions = {name: now[name] for name in ("fedgraft", "packages", "threads", "device")}
+    entry = {"date": now["started"], "command": now["command"], **versions}
+    write_document(path, {**before, "resumptions": [*resumptions, entry]})
+    return f"resumed with {', '.join(changes)}: the result need no longer be equal bit for bit to that of an uninterrupted run"
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -71,21 +86,6 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     gone = [f"{name!r} (it has no data now)" if name not in new else f"{name!r}" for name in changed]
     return f"the data of client{'s' if len(changed) > 1 else ''} {', '.join(gone)} differ"
-
-
-def _note_versions(path: Path, before: dict[str, Any], now: dict[str, Any]) -> str:
-    resumptions = before.get("resumptions", [])
-    last = _flat(resumptions[-1] if resumptions else before)
-    changes = [f"{name} {last[name]} -> {value}" for name, value in _flat(now).items() if name in last and last[name] != value]
-    if not changes:
-        return ""
-    entry = {
-        "date": now["started"],
-        "command": now["command"],
-        **{name: now[name] for name in ("fedgraft", "packages", "threads", "device")},
-    }
-    write_document(path, {**before, "resumptions": [*resumptions, entry]})
-    return f"resumed with {', '.join(changes)}: the result need no longer be equal bit for bit to that of an uninterrupted run"
 
 
 def _versions(base: Base) -> dict[str, Any]:

@@ -81,14 +81,15 @@ def resume(folder: str | Path, *, rounds: int | None = None, progress: Progress 
         read_recipe(folder / "recipe.yaml")  # refuses a newer schema
         recipe = load_recipe(folder / "recipe.yaml", [f"federation.rounds={rounds}"] if rounds is not None else None)
         session = Session(recipe, folder, progress or Quiet(), stand)
-        warning = origin.compare(folder, session.environment())
+        now = session.environment()
+        origin.check(folder, now)
         folders.clear(folder)
         done = session.restore()
         if rounds is not None:
             if rounds < done:
                 raise ValueError(f"{folder}: {done} rounds are done already; --rounds must not be below that")
             write_recipe(folder / "recipe.yaml", recipe.complete())
-        if warning:
+        if warning := origin.note_versions(folder, now):
             session.progress.warn(warning)
         return session.go()
 

@@ -112,6 +112,11 @@ GOOD = [
         "fedgraft.files",
         "path.open('wb')\npath.open('w', encoding='utf-8', newline='\\n')\nfiles.read_text(path)\nos.open(x, 1)",
     ),
+    (
+        rules.portable,
+        "fedgraft.files",
+        "method.open(method)\npath.read_text('utf-8')\nopen(path, 'rb')",
+    ),
 ]
 
 

@@ -225,6 +225,12 @@ def test_a_missing_record_of_the_beginning(refused, folder):
     assert "environment.json: missing, so what the run began with is unknown; restore the file" in refused("resume", folder)
 
 
+def test_a_refused_extension_with_other_versions_notes_nothing(refused, folder):
+    record = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    files.write_json(folder / "environment.json", record | {"fedgraft": "0.0.1"})
+    assert refused("resume", folder, "--rounds", "1") == f"{folder}: 2 rounds are done already; --rounds must not be below that"
+
+
 def test_another_base(world, refused, folder, tmp_path):
     other = shutil.copytree(world.model, tmp_path / "other")
     config = json.loads((other / "config.json").read_text(encoding="utf-8"))
