@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor
 
 from fedgraft.grafts.lora import AttentionLora, LoraSettings
-from fedgraft.grafts.side_expert import GraftSettings, SideExperts
+from fedgraft.grafts.side_expert import GraftSettings, SeeGate, SideExperts
 from fedgraft.moe.load import Base
 from fedgraft.tree import Tree, digest
 
@@ -56,6 +56,10 @@ class GraftedModel:
         finally:
             self._attention.put({})
             self._side.put({}, [])
+
+    def watching_gates(self, see: SeeGate) -> AbstractContextManager[None]:
+        """Call `see` with the gate values of every graft in use, in every forward inside the block."""
+        return self._side.watching_gates(see)
 
     def frozen_digest(self) -> str:
         """Digest over every pretrained parameter, to show that none has changed."""
