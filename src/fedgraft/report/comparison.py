@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from fedgraft.report.blocks import Block, Commands, Grid, Note, Section
-from fedgraft.report.figures import STYLES, Series, curves, dots, scatter
+from fedgraft.report.figures import Series, curves, dots, scatter
 from fedgraft.report.record import Record
-from fedgraft.report.sections import flat, grid, headline, mean_losses, shown
+from fedgraft.report.shaping import absent, flat, grid, headline, mean_losses, shown, styles
 from fedgraft.report.table import FIGURES, compare_tables, cost, labels
 
 ComparisonSection: TypeAlias = Callable[[Sequence[Record]], Section]
@@ -28,7 +29,8 @@ def runs(records: Sequence[Record]) -> Section:
     blocks: list[Block] = [table]
     for record in records:
         if not record.results:
-            text = f"{record.folder} is not evaluated yet and has no figures; finish it with: fedgraft resume {record.folder}"
+            command = f"fedgraft resume {shlex.quote(str(record.folder))}"
+            text = f"{record.folder} is not evaluated yet and has no figures; finish it with: {command}"
             blocks.append(Note(text=text, missing=True))
     return Section(name="runs", title="Runs", blocks=blocks)
 
@@ -37,12 +39,13 @@ def quality(records: Sequence[Record]) -> Section:
     """Every figure of the personal models, clients x runs."""
     tables = compare_tables(records)
     if not tables:
-        return Section(name="quality", title="Quality", blocks=[Note(text="None of these runs is evaluated yet.", missing=True)])
-    blocks: list[Block] = [headline(tables, "runs"), Note(text="Each run is its personal models, base the untouched one.")]
+        return absent("quality", "Quality", "None of these runs is evaluated yet.")
+    blocks: list[Block] = [headline(tables, "runs"), Note(text="The column of a run holds its personal models, base the untouched model.")]
     first = tables[0]
-    styles = {name: f"s{at % STYLES}" for at, name in enumerate(first.columns)}
+    look = styles(["base", *labels(records)])
+    look = {name: look[name] for name in first.columns}
     sentence = f"For each client the {first.title} of {', '.join(first.columns)}, joined from best to worst; lower is better."
-    blocks.append(dots("quality-dots", "Client by client", sentence, first.clients, styles, x_title=first.title))
+    blocks.append(dots("quality-dots", "Client by client", sentence, first.clients, look, x_title=first.title))
     blocks.extend(grid(table) for table in tables)
     return Section(name="quality", title="Quality", blocks=blocks)
 
@@ -52,16 +55,17 @@ def training(records: Sequence[Record]) -> Section:
     names = labels(records)
     points = {name: mean_losses(record) for name, record in zip(names, records, strict=True)}
     if not any(math.isfinite(value) for losses in points.values() for _, value in losses):
-        return Section(name="training", title="Training", blocks=[Note(text="None of these runs has trained a round yet.", missing=True)])
+        return absent("training", "Training", "None of these runs has trained a round yet.")
     last = max(len(record.rounds) for record in records)
     by_round = {name: dict(losses) for name, losses in points.items()}
     rows = [[str(at), *(f"{losses[at]:.3f}" if at in losses else "–" for losses in by_round.values())] for at in range(1, last + 1)]
     ended = [f"{name} ends at {losses[-1][1]:.3f}" for name, losses in points.items() if losses]
+    look = styles(names)
     figure = curves(
         "training-loss",
         "Mean training loss",
         f"{'; '.join(ended)}.",
-        [Series(label=name, style=f"s{at % STYLES}", points=losses) for at, (name, losses) in enumerate(points.items())],
+        [Series(label=name, style=look[name], points=losses) for name, losses in points.items()],
         Grid(caption="Mean training loss per round", columns=["round", *names], rows=rows),
         x_title="round",
         y_title="nats per response token",
@@ -73,14 +77,15 @@ def training(records: Sequence[Record]) -> Section:
 def price(records: Sequence[Record]) -> Section:
     """What the quality costs in bytes, tokens and seconds."""
     names, rows, points = labels(records), [], []
-    for at, (name, record) in enumerate(zip(names, records, strict=True)):
+    look = styles(names)
+    for name, record in zip(names, records, strict=True):
         total = cost(record)
         sent = sum(line["bytes_up"] + line["bytes_down"] for line in record.rounds) / 1e6
         per_round = [f"{total[f'bytes_{way}_per_round'] / 1e6:,.2f}" for way in ("up", "down")]
         rows.append([name, *per_round, f"{sent:,.2f}", f"{total['training_tokens']:,}", f"{total['training_seconds']:,.1f}"])
         losses = record.figures("personal", "loss")
         if losses:
-            points.append(Series(label=name, style=f"s{at % STYLES}", points=[(sent, statistics.fmean(losses.values()))]))
+            points.append(Series(label=name, style=look[name], points=[(sent, statistics.fmean(losses.values()))]))
     columns = ["run", "MB up a round", "MB down a round", "MB in all", "training tokens", "seconds"]
     blocks: list[Block] = [Grid(caption="Bytes (fp32, all clients), tokens and seconds of training", columns=columns, rows=rows)]
     if points:
@@ -103,7 +108,7 @@ def differences(records: Sequence[Record]) -> Section:
         if len({shown(recipe.get(key, "–")) for recipe in recipes}) > 1
     ]
     if not keys:
-        return Section(name="differences", title="Differences", blocks=[Note(text="The recipes are the same in every key.")])
+        return absent("differences", "Differences", "The recipes are the same in every key.", missing=False)
     rows = [[key, *(shown(recipe[key]) if key in recipe else "–" for recipe in recipes)] for key in keys]
     table = Grid(caption="Keys in which the recipes differ", columns=["key", *names], rows=rows, numeric=False)
     return Section(name="differences", title="Differences between the recipes", blocks=[table])
@@ -111,7 +116,9 @@ def differences(records: Sequence[Record]) -> Section:
 
 def reproduce(records: Sequence[Record]) -> Section:
     """The commands that lead to the same bits, and the digests to be expected."""
-    lines = [f"fedgraft run {record.folder}/recipe.yaml --out again/{at}" for at, record in enumerate(records, start=1)]
+    lines = [
+        f"fedgraft run {shlex.quote(str(record.folder / 'recipe.yaml'))} --out again/{at}" for at, record in enumerate(records, start=1)
+    ]
     names = labels(records)
     rows = [[name, record.digest or "not finished"] for name, record in zip(names, records, strict=True)]
     digests = Grid(

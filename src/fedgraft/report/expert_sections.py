@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedgraft.report.blocks import Block, Facts, Figure, Grid, Note, Section
-from fedgraft.report.figures import Series, Shade, curves, heat_map
+from fedgraft.report.figures import Series, curves
+from fedgraft.report.heat_map import Shade, heat_map
 from fedgraft.report.record import Record
-from fedgraft.report.sections import RESUME, number, span_of
+from fedgraft.report.shaping import RESUME, absent, number, span_of
 from fedgraft.report.table import cost
 
+Experts = Sequence[Sequence[int]]
 Numbers = Sequence[Sequence[float]]
 
 
@@ -19,10 +21,10 @@ def experts(record: Record) -> Section:
     title = "Chosen experts"
     if "graft" not in record.recipe:
         text = f"Method {record.method!r} grafts no expert, so there is no choice to show."
-        return Section(name="experts", title=title, blocks=[Note(text=text)])
+        return absent("experts", title, text, missing=False)
     if not record.selection:
         text = f"No client has chosen its experts yet. In the folder of this run, continue with: {RESUME}"
-        return Section(name="experts", title=title, blocks=[Note(text=text, missing=True)])
+        return absent("experts", title, text)
     chosen = {client: facts["experts"] for client, facts in record.selection.items()}
     errors = {client: facts["errors"] for client, facts in record.selection.items() if facts.get("errors")}
     settings = record.recipe.get("selection", {})
@@ -39,29 +41,21 @@ def gates(record: Record) -> Section:
     """How far each graft's gate opens on its client's own rows."""
     title = "Gates"
     if "graft" not in record.recipe:
-        return Section(name="gates", title=title, blocks=[Note(text=f"Method {record.method!r} has no grafted expert and no gate.")])
+        return absent("gates", title, f"Method {record.method!r} has no grafted expert and no gate.", missing=False)
     personal = {client: models.get("personal", {}) for client, models in record.results.items()}
     means: dict[str, Numbers] = {client: figures["gate_mean"] for client, figures in personal.items() if "gate_mean" in figures}
     if not means:
         text = "Gates are measured with the personal models, after the last round; this record has no such figure."
-        return Section(
-            name="gates", title=title, blocks=[Note(text=f"{text} In the folder of this run, continue with: {RESUME}", missing=True)]
-        )
+        return absent("gates", title, f"{text} In the folder of this run, continue with: {RESUME}")
     values = [value for layers in means.values() for layer in layers for value in layer]
     high = max(values)
     figure = heat_map(
         "gate-means",
         "Mean gate",
         f"Between {min(values):.3f} and {high:.3f} over {len(means)} clients and their layers.",
-        {
-            client: [[Shade(text=f"{v:.2f}", level=v / high if high else 0.0) for v in layer] for layer in layers]
-            for client, layers in means.items()
-        },
-        _layers("Mean gate", {client: [[f"{v:.3f}" for v in layer] for layer in layers] for client, layers in means.items()}),
-        columns="MoE layers",
+        _shades(means, lambda value: Shade(text=f"{value:.2f}", level=value / high if high else 0.0, exact=f"{value:.3f}")),
         scale=("0", f"{high:.2f}"),
-        caption="Mean of sigmoid(g·x) over the tokens of the client's evaluation rows: 0 leaves the graft out, 1 adds it whole. "
-        "Rows are clients, columns are MoE layers.",
+        caption="Mean of sigmoid(g·x) over the tokens of the client's evaluation rows: 0 leaves the graft out, 1 adds it whole.",
     )
     return Section(name="gates", title=title, blocks=[figure])
 
@@ -70,7 +64,7 @@ def traffic_and_time(record: Record) -> Section:
     """Bytes, seconds and tokens."""
     title, rounds = "Cost", record.rounds
     if not rounds:
-        return Section(name="cost", title=title, blocks=[Note(text=f"No round is finished yet. Continue with: {RESUME}", missing=True)])
+        return absent("cost", title, f"No round is finished yet. In the folder of this run, continue with: {RESUME}")
     up, down = sum(line["bytes_up"] for line in rounds), sum(line["bytes_down"] for line in rounds)
     total = cost(record)
     seconds = total["training_seconds"]
@@ -87,64 +81,55 @@ def traffic_and_time(record: Record) -> Section:
     return Section(name="cost", title=title, blocks=[facts, _bytes(record), _seconds(record), _speed(record), Note(text=text)])
 
 
-def _choice(chosen: Mapping[str, Any], errors: Mapping[str, Numbers]) -> Figure:
-    highest = max(expert for layers in chosen.values() for layer in layers for expert in layer)
-    last = max(highest, *(len(layer) - 1 for layers in errors.values() for layer in layers)) if errors else highest
-    split = max(len(layer) for layers in chosen.values() for layer in layers)
-    shared = sum(len({str(layers[at]) for layers in chosen.values()}) == 1 for at in range(len(next(iter(chosen.values())))))
-    count = len(next(iter(chosen.values())))
+def _shades(values: Mapping[str, Sequence[Sequence[Any]]], shade: Callable[[Any], Shade]) -> dict[str, list[list[Shade]]]:
+    """Client -> [L][r] of a value -> the same of its shade."""
+    return {client: [[shade(value) for value in layer] for layer in layers] for client, layers in values.items()}
+
+
+def _choice(chosen: Mapping[str, Experts], errors: Mapping[str, Numbers]) -> Figure:
+    known = [len(layer) - 1 for layers in errors.values() for layer in layers]
+    last = max([expert for layers in chosen.values() for layer in layers for expert in layer] + known)
+    layers = list(zip(*chosen.values(), strict=True))
+    agreed = sum(all(choice == layer[0] for choice in layer) for layer in layers)
     return heat_map(
         "chosen-experts",
-        "Chosen expert" if split == 1 else "Chosen experts",
-        f"Source expert of every graft for {len(chosen)} clients and {count} MoE layers. All clients agree in {shared} of the layers.",
-        {
-            client: [[Shade(text=str(expert), level=expert / last if last else 0.0) for expert in layer] for layer in layers]
-            for client, layers in chosen.items()
-        },
-        _layers("Chosen expert", {client: [[str(expert) for expert in layer] for layer in layers] for client, layers in chosen.items()}),
-        columns="MoE layers",
+        "Chosen expert",
+        f"Source expert of every graft. The {len(chosen)} clients agree in {agreed} of {len(layers)} MoE layers.",
+        _shades(chosen, lambda expert: Shade(text=str(expert), level=expert / last if last else 0.0, exact=str(expert))),
         scale=("expert 0", f"expert {last}"),
-        caption="Rows are clients, columns are MoE layers; a column of one colour is a layer in which the clients agree.",
+        caption="A column of one colour is a layer in which they agree.",
     )
 
 
-def _errors(chosen: Mapping[str, Any], errors: Mapping[str, Numbers]) -> Figure:
+def _errors(chosen: Mapping[str, Experts], errors: Mapping[str, Numbers]) -> Figure:
     """The relative error of each chosen expert; its rank among all experts of the layer stands in the table."""
-    found = {
-        client: [[(errors[client][at][expert], 1 + sum(e < errors[client][at][expert] for e in errors[client][at])) for expert in layer]
-                 for at, layer in enumerate(layers)]
-        for client, layers in chosen.items()
-        if client in errors
-    }  # fmt: skip
-    values = [error for layers in found.values() for layer in layers for error, _ in layer]
-    low, high = min(values), max(values)
-    first = sum(rank == 1 for layers in found.values() for layer in layers for _, rank in layer)
+    found = {client: _ranked(chosen[client], errors[client]) for client in errors}
+    values = [value for layers in found.values() for layer in layers for value in layer]
+    low, high = min(error for error, _ in values), max(error for error, _ in values)
+    first = sum(rank == 1 for _, rank in values)
     return heat_map(
         "choice-errors",
         "Relative reconstruction error of the choice",
-        f"Between {low:.3f} and {high:.3f}; the chosen expert has the lowest error of its layer in {first} of {len(values)} choices.",
-        {
-            client: [
-                [Shade(text=f"{error:.2f}", level=(error - low) / (high - low) if high > low else 0.0) for error, _ in layer]
-                for layer in layers
-            ]
-            for client, layers in found.items()
-        },
-        _layers(
-            "Relative reconstruction error, and its rank among the experts of the layer",
-            {client: [[f"{error:.3f} (rank {rank})" for error, rank in layer] for layer in layers] for client, layers in found.items()},
+        f"Between {low:.3f} and {high:.3f}; a choice has the lowest error of its layer in {first} of {len(values)} cases.",
+        _shades(
+            found,
+            lambda value: Shade(
+                text=f"{value[0]:.2f}",
+                level=(value[0] - low) / (high - low) if high > low else 0.0,
+                exact=f"{value[0]:.3f} (rank {value[1]})",
+            ),
         ),
-        columns="MoE layers",
         scale=(f"{low:.2f}", f"{high:.2f}"),
-        caption="It is ||R − E||² / ||R||² of the routed output R and the chosen expert E on the calibration text. "
-        "Rows are clients, columns are MoE layers.",
+        caption="It is ||R − E||² / ||R||² of the routed output R and the chosen expert E on the calibration text.",
     )
 
 
-def _layers(caption: str, cells: Mapping[str, Sequence[Sequence[str]]]) -> Grid:
-    count = max(len(layers) for layers in cells.values())
-    rows = [[client, *(", ".join(layer) for layer in layers)] for client, layers in cells.items()]
-    return Grid(caption=f"{caption} per client and MoE layer", columns=["client", *map(str, range(count))], rows=rows)
+def _ranked(chosen: Experts, errors: Numbers) -> list[list[tuple[float, int]]]:
+    """(error, its rank in the layer from 1 up) of every chosen expert, [L][r]."""
+    return [
+        [(layer_errors[expert], 1 + sum(error < layer_errors[expert] for error in layer_errors)) for expert in layer]
+        for layer, layer_errors in zip(chosen, errors, strict=True)
+    ]
 
 
 def _bytes(record: Record) -> Figure:

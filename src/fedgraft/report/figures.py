@@ -16,10 +16,10 @@ from fedgraft.report.blocks import Figure, Grid, Legend
 
 WIDTH, HEIGHT = 420.0, 268.0
 LEFT, RIGHT, TOP, BOTTOM = 54.0, 14.0, 30.0, 44.0
-STYLES = 8  # distinct series of the style sheet: s0 ... s7
+STYLES = 8  # distinct series of the style sheet: s0 ... s7; beside them base, mean and many
 POINTS = 400  # of one curve; more cannot be told apart at this width
+ROWS = 100  # clients in a drawing with a line for each
 NAME = 26  # characters of a name that a drawing shows; tables show all
-VIRIDIS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
 Point = tuple[float, float]
 
 
@@ -87,7 +87,12 @@ def curves(
     marked = "".join(
         _mark(one.style, *axes.at(one.points[0])) for one in series if len(one.points) == 1 and math.isfinite(one.points[0][1])
     )
-    legend = [Legend(mark=element("path", f"line {one.style}", d="M1 6H29"), label=one.label) for one in series if one.label]
+    curved = any(len(one.points) > 1 for one in series)
+    legend = [
+        Legend(mark=element("path", f"line {one.style}", d="M1 6H29") if curved else _mark(one.style, 15, 6), label=one.label)
+        for one in series
+        if one.label
+    ]
     return Figure(
         name=name,
         title=title,
@@ -123,10 +128,14 @@ def dots(
 ) -> Figure:
     """A line per client with a mark per column (`styles`: column -> class), joined from its lowest to its highest value.
 
-    Its numbers are those of a table of the same section.
+    Its numbers are those of a table of the same section. Of very many clients the first are drawn.
     """
+    drawn = dict(list(rows.items())[:ROWS])
+    if len(rows) > ROWS:
+        description += f" Drawn are the first {ROWS} of {len(rows)} clients."
+    rows = drawn
     values = [value for row in rows.values() for value in row.values() if math.isfinite(value)] or [0.0]
-    left = _label_width(rows)
+    left = label_width(rows)
     x_ticks = ticks(min(values), max(values), 4)
     axes = Axes(x=(x_ticks[0], x_ticks[-1]), y=(len(rows) - 0.4, -0.6), height=8 + 22.0 * len(rows) + BOTTOM, left=left, top=8.0)
     parts = []
@@ -134,7 +143,7 @@ def dots(
         at = {column: axes.at((value, number)) for column, value in row.items() if column in styles and math.isfinite(value)}
         _, y = axes.at((x_ticks[0], number))
         parts.append(element("line", "grid", x1=left, x2=WIDTH - RIGHT, y1=y, y2=y))
-        parts.append(element("text", "tick end", _short(client), x=left - 10, y=y + 4))
+        parts.append(element("text", "tick end", short(client), x=left - 10, y=y + 4))
         if at:
             parts.append(element("line", "span", x1=min(x for x, _ in at.values()), x2=max(x for x, _ in at.values()), y1=y, y2=y))
         parts.extend(_mark(styles[column], *point) for column, point in at.items())
@@ -147,62 +156,6 @@ def dots(
         height=axes.height,
         legend=[Legend(mark=_mark(style, 15, 6), label=column) for column, style in styles.items()],
         data=None,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shade:
-    """One field of a heat map: what stands in it and where on the colour scale it lies, from 0 to 1."""
-
-    text: str
-    level: float
-
-
-def heat_map(
-    name: str,
-    title: str,
-    description: str,
-    rows: Mapping[str, Sequence[Sequence[Shade]]],
-    data: Grid,
-    *,
-    columns: str,
-    scale: tuple[str, str],
-    caption: str = "",
-) -> Figure:
-    """Rows x columns of fields, each split side by side where it has several shades; `scale` names both ends of the colours."""
-    left, tall, top = _label_width(rows), 24.0, 26.0
-    count = max(len(row) for row in rows.values())
-    split = max(len(cell) for row in rows.values() for cell in row)
-    letters = max(len(shade.text) for row in rows.values() for cell in row for shade in cell)
-    wide = max(18.0, 7.0 * letters + 8)
-    fields: list[tuple[str, bool, float, float, str]] = []
-    for line, row in enumerate(rows.values()):
-        for column, cell in enumerate(row):
-            for part, shade in enumerate(cell):
-                x, y = left + column * (wide * split + 3) + part * wide, top + line * (tall + 2)
-                fields.append((*_viridis(shade.level), x, y, shade.text))
-    parts = [element("text", "tick end", _short(client), x=left - 8, y=top + n * (tall + 2) + 16) for n, client in enumerate(rows)]
-    every = 1 if wide * split >= 22 else 2
-    parts += [
-        element("text", "tick middle", str(n), x=left + n * (wide * split + 3) + wide * split / 2, y=top - 8)
-        for n in range(0, count, every)
-    ]
-    for colour, same in groupby(sorted(fields), key=lambda field: field[0]):
-        parts.append(f'<path fill="#{colour}" d="{"".join(f"M{x:g} {y:g}h{wide:g}v{tall:g}h-{wide:g}z" for _, _, x, y, _ in same)}"/>')
-    for bright, same in groupby(sorted(fields, key=lambda field: field[1:4]), key=lambda field: field[1]):
-        spans = "".join(f'<tspan x="{x + wide / 2:g}" y="{y + 16:g}">{escape(text)}</tspan>' for _, _, x, y, text in same)
-        parts.append(f'<text class="{"on-bright" if bright else "on-dark"}">{spans}</text>')
-    return Figure(
-        name=name,
-        title=title,
-        description=description,
-        svg="".join(parts),
-        width=left + count * (wide * split + 3),
-        height=top + len(rows) * (tall + 2),
-        caption=caption or f"Rows are clients, columns are {columns}.",
-        scale=scale,
-        data=data,
-        natural=True,
     )
 
 
@@ -237,22 +190,12 @@ SHAPES = (  # so that series are told apart without colours
     "M0 -5.4L5.2 3.8H-5.2z",
     "M0 -5.8L5.8 0L0 5.8L-5.8 0z",
 )
+CROSS = "M-1.6 -5.6h3.2v4h4v3.2h-4v4h-3.2v-4h-4v-3.2h4z"  # for styles without a number
 
 
 def _mark(style: str, x: float, y: float) -> str:
-    number = int(style[1:]) if style[1:].isdigit() else 0
-    return element("path", f"mark {style}", d=SHAPES[number % len(SHAPES)], transform=f"translate({x:.1f} {y:.1f})")
-
-
-def _viridis(level: float) -> tuple[str, bool]:
-    """(colour, whether it is bright) at a level from 0 to 1; grey where there is none."""
-    if not math.isfinite(level):
-        return "8a8a8a", False
-    place = min(max(level, 0.0), 1.0) * (len(VIRIDIS) - 1)
-    at = min(int(place), len(VIRIDIS) - 2)
-    low, high = (bytes.fromhex(colour) for colour in VIRIDIS[at : at + 2])
-    mixed = [round(a + (b - a) * (place - at)) for a, b in zip(low, high, strict=True)]
-    return bytes(mixed).hex(), 0.299 * mixed[0] + 0.587 * mixed[1] + 0.114 * mixed[2] > 118
+    shape = SHAPES[int(style[1:]) % len(SHAPES)] if style[1:].isdigit() else CROSS
+    return element("path", f"mark {style}", d=shape, transform=f"translate({x:.1f} {y:.1f})")
 
 
 def _number(value: float, among: Sequence[float]) -> str:
@@ -263,9 +206,11 @@ def _number(value: float, among: Sequence[float]) -> str:
     return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A name as a drawing shows it."""
     return name if len(name) <= NAME else name[: NAME - 1] + "…"
 
 
-def _label_width(names: Mapping[str, object]) -> float:
-    return 18 + 6.6 * max(len(_short(name)) for name in names)
+def label_width(names: Mapping[str, object]) -> float:
+    """Room for row names of a drawing."""
+    return 18 + 6.6 * max(len(short(name)) for name in names)

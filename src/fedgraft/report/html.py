@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedgraft import files
-from fedgraft.report import comparison, expert_sections, sections
+from fedgraft.report import comparison, expert_sections, sections, training_sections
 from fedgraft.report.blocks import Facts, Page
 from fedgraft.report.record import Record
+from fedgraft.report.shaping import shown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -24,7 +25,7 @@ NAME = "report.html"
 MARK = '<meta name="generator" content="fedgraft report">'
 RUN: tuple[sections.RunSection, ...] = (
     sections.quality,
-    sections.training,
+    training_sections.training,
     expert_sections.experts,
     expert_sections.gates,
     sections.data,
@@ -52,11 +53,11 @@ def run_page(record: Record) -> str:
         ("state", "finished" if record.finished else "stopped before its end" if done else "stopped before its first round"),
         ("clients", str(clients) if clients else "unknown"),
         ("rounds", f"{done} of {planned}"),
-        ("seed", sections.shown(record.recipe.get("seed"))),
+        ("seed", shown(record.recipe.get("seed"))),
         ("started", str(record.environment.get("started", "unknown"))),
         ("digest", record.digest[:16] or "none before the end"),
     ]
-    dataset = sections.shown(record.recipe.get("data", {}).get("dataset"))
+    dataset = shown(record.recipe.get("data", {}).get("dataset"))
     lead = f"One federated run of the method {record.method} on the base model {Path(model).name} with the data set {dataset}."
     return render(
         Page(
