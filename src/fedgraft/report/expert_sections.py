@@ -107,18 +107,16 @@ def _errors(chosen: Mapping[str, Experts], errors: Mapping[str, Numbers]) -> Fig
     values = [value for layers in found.values() for layer in layers for value in layer]
     low, high = min(error for error, _ in values), max(error for error, _ in values)
     first = sum(rank == 1 for _, rank in values)
+
+    def shade(value: tuple[float, int]) -> Shade:
+        error, rank = value
+        return Shade(text=f"{error:.2f}", level=(error - low) / (high - low) if high > low else 0.0, exact=f"{error:.3f} (rank {rank})")
+
     return heat_map(
         "choice-errors",
         "Relative reconstruction error of the choice",
         f"Between {low:.3f} and {high:.3f}; a choice has the lowest error of its layer in {first} of {len(values)} cases.",
-        _shades(
-            found,
-            lambda value: Shade(
-                text=f"{value[0]:.2f}",
-                level=(value[0] - low) / (high - low) if high > low else 0.0,
-                exact=f"{value[0]:.3f} (rank {value[1]})",
-            ),
-        ),
+        _shades(found, shade),
         scale=(f"{low:.2f}", f"{high:.2f}"),
         caption="It is ||R − E||² / ||R||² of the routed output R and the chosen expert E on the calibration text.",
     )

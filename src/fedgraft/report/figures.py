@@ -161,13 +161,13 @@ def dots(
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers, about `count` of them, the first at or below `low`, the last at or above `high`."""
-    if high <= low:
+    if high - low <= 1e-12 + 1e-9 * max(abs(low), abs(high)):  # flat
         low, high = low - 0.5 * abs(low or 1.0), high + 0.5 * abs(high or 1.0)
     rough = (high - low) / max(1, count - 1)
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
 def element(tag: str, style: str, text: str | None = None, **attributes: Any) -> str:

@@ -80,7 +80,7 @@ def comparison_page(records: Sequence[Record]) -> str:
     ]
     return render(
         Page(
-            title=f"{len(records)} runs compared",
+            title=f"{len(records)} run{'' if len(records) == 1 else 's'} compared",
             lead=f"Federated runs side by side: {', '.join(methods)}.",
             facts=Facts(items=items),
             sections=[make(records) for make in COMPARISON],
