@@ -24,6 +24,7 @@ NOTHING = Grid(caption="c", columns=["x"], rows=[])
         (2.9, 3.7, [2.8, 3.0, 3.2, 3.4, 3.6, 3.8]),
         (1, 200, [0, 50, 100, 150, 200]),
         (0, 0, [-0.5, 0, 0.5]),
+        (5e-324, 5e-324, [-0.5, 0, 0.5]),
     ],
 )
 def test_ticks_are_round(low, high, wanted):

@@ -161,8 +161,10 @@ def dots(
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers, about `count` of them, the first at or below `low`, the last at or above `high`."""
-    if high - low <= 1e-12 + 1e-9 * max(abs(low), abs(high)):  # flat
-        low, high = low - 0.5 * abs(low or 1.0), high + 0.5 * abs(high or 1.0)
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-12 + 1e-9 * size:  # flat
+        margin = 0.5 * size if size > 1e-9 else 0.5
+        low, high = low - margin, high + margin
     rough = (high - low) / max(1, count - 1)
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= rough * 0.999)
