@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions")
+PATIENCE = 60  # seconds
 CONNECT = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
 """Puts the pipes where --remote-debugging-pipe looks for them: it reads from descriptor 3 and writes to 4."""
 
@@ -39,7 +41,7 @@ class Chromium:
         )
         os.close(child_in)
         os.close(child_out)
-        self.sink, self.source = os.fdopen(out, "wb"), os.fdopen(back, "rb")
+        self.sink, self.source, self.heard = os.fdopen(out, "wb"), back, b""
         self.count, self.session, self.events = 0, "", list[dict[str, Any]]()
         target = next(info for info in self.ask("Target.getTargets")["targetInfos"] if info["type"] == "page")["targetId"]
         self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -84,13 +86,15 @@ class Chromium:
     def close(self) -> None:
         """End the browser and all of its processes."""
         self.sink.close()
-        self.source.close()
+        os.close(self.source)
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(timeout=30)
 
     def _next(self) -> dict[str, Any]:
-        text = bytearray()
-        while (byte := self.source.read(1)) != b"\0":
-            assert byte, "the browser is gone"
-            text += byte
+        while b"\0" not in self.heard:
+            ready, _, _ = select.select([self.source], [], [], PATIENCE)
+            part = os.read(self.source, 1 << 16) if ready else b""
+            assert part, "the browser is gone" if ready else f"the browser said nothing for {PATIENCE} seconds"
+            self.heard += part
+        text, _, self.heard = self.heard.partition(b"\0")
         return dict(json.loads(text))

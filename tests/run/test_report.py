@@ -47,16 +47,17 @@ def test_a_run_that_failed_leaves_one_too_and_its_error_is_the_one_told(world, t
     assert "stopped before its first round" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_page_that_fails_neither_stops_a_run_nor_hides_how_it_ended(world, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(("error", "told"), [(RuntimeError("no template"), "no template"), (KeyboardInterrupt(), "KeyboardInterrupt")])
+def test_a_page_that_fails_neither_stops_a_run_nor_hides_how_it_ended(world, tmp_path, monkeypatch, caplog, error, told):
     def failing(record):
-        raise RuntimeError("no template")
+        raise error
 
     monkeypatch.setattr(html, "run_page", failing)
     assert run(world.recipe(**QUICK), out=tmp_path / "whole").finished
     with pytest.raises(Stopped) as stopped:
         run(world.recipe(**QUICK), out=tmp_path / "half", progress=StopAt("training", 1))
     assert stopped.value.folder == tmp_path / "half"
-    assert caplog.text.count("report.html was not written (no template)") == 2
+    assert caplog.text.count(f"report.html was not written ({told})") == 2
 
 
 def test_report_writes_into_the_folder_and_says_where(command, finished, tmp_path):

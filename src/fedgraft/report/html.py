@@ -106,11 +106,15 @@ def write_page(path: Path, document: str) -> None:
 
 
 def leave_page(folder: Path) -> None:
-    """Write the page of a run into its folder. For the end of a run, whatever it was: a failure is logged, never raised."""
+    """Write the page of a run into its folder. For the end of a run, whatever it was: a failure is logged, never raised.
+
+    So is an impatient second Ctrl-C, which must not hide that the first one left a run to be resumed.
+    """
     try:
         write_page(folder / NAME, run_page(Record.load(folder)))
-    except Exception as error:
-        logging.getLogger(__name__).warning("%s was not written (%s); the run itself is not affected", folder / NAME, error)
+    except (Exception, KeyboardInterrupt) as error:
+        reason = str(error) or type(error).__name__
+        logging.getLogger(__name__).warning("%s was not written (%s); the run itself is not affected", folder / NAME, reason)
 
 
 @lru_cache(maxsize=1)
