@@ -23,6 +23,7 @@ from fedgraft.evaluation.personal import evaluate_client
 from fedgraft.grafts.graft import GraftedModel
 from fedgraft.moe.load import load_base
 from fedgraft.recipe import Recipe, load_recipe
+from fedgraft.report.html import leave_page
 from fedgraft.report.progress import Progress, Quiet
 from fedgraft.report.record import Record, read_recipe, write_document, write_recipe
 from fedgraft.signals import deferred
@@ -151,6 +152,7 @@ class Session:
             raise Stopped(self.folder) from stop
         finally:
             self.progress.close()
+            leave_page(self.folder)
         return Record.load(self.folder)
 
     def restore(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from fedgraft.grafts.expert_lora import ExpertPairs, expert_shapes
 from fedgraft.grafts.lora import LoraSettings, LowRank, Shapes, chosen_projections, fresh_pairs, low_rank_shapes
 from fedgraft.grafts.router import RouterRows, router_shapes
-from fedgraft.grafts.side_expert import GraftSettings, SideExperts
+from fedgraft.grafts.side_expert import GraftSettings, SeeGate, SideExperts
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.load import Base
 from fedgraft.moe.projections import Projection
@@ -72,6 +72,10 @@ class GraftedModel:
             for adapter in self._adapters:
                 adapter.put({})
             self._side.put({}, [])
+
+    def watching_gates(self, see: SeeGate) -> AbstractContextManager[None]:
+        """Call `see` with the gate values of every graft in use, in every forward inside the block."""
+        return self._side.watching_gates(see)
 
     def frozen_digest(self) -> str:
         """Digest over every pretrained parameter, to show that none has changed."""
