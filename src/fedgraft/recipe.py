@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, validate_call
 
 from fedgraft import files, plugins
 from fedgraft.aggregation.server import FederationSettings
@@ -72,7 +72,10 @@ class Recipe(Section):
                 raise ValueError(
                     f"method.{option}: {self.method.name!r} has no such option{plugins.nearest(option, known)}; its options: {listed}"
                 )
-        method = build(**options)
+        try:
+            method = validate_call(build)(**options)
+        except ValidationError as error:
+            raise ValueError(explain(error, "method.")) from None
         assert isinstance(method, Method)
         plugins.load("dataset", self.data.dataset)
         if "selection" in method.sections:
@@ -222,8 +225,8 @@ def _assign(values: dict[str, Any], override: str) -> dict[str, Any]:
     return result
 
 
-def explain(error: ValidationError) -> str:
-    """One line per problem, naming the key, the nearest known key and the allowed values."""
+def explain(error: ValidationError, place: str = "") -> str:
+    """One line per problem, naming the key (`place` stands before it), the nearest known key and the allowed values."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
@@ -231,7 +234,7 @@ def explain(error: ValidationError) -> str:
             known = _known_keys(tuple(problem["loc"][:-1]))
             lines.append(f"unknown key {key!r}{plugins.nearest(str(problem['loc'][-1]), known)}; there are: {', '.join(known)}")
         else:
-            lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+            lines.append(f"{place}{key}: {problem['msg']} (got {problem['input']!r})")
     return "\n".join(lines)
 
 

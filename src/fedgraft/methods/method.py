@@ -147,6 +147,8 @@ class Method:
     """Many replies -> one delta."""
     step: ServerStep = replace
     """Delta -> new state."""
+    needs_mean: str = ""
+    """Why its replies must be averaged; empty: `federation.merge` may set another rule in the place of a mean."""
     open: ServerHalf = open_run
     round: ServerHalf = federated_round
     pack: Callable[[Method, Server, str], Bundle] = pack_shared

@@ -17,7 +17,7 @@ from fedgraft.data.partition import ClientData
 from fedgraft.data.settings import DataSettings
 from fedgraft.grafts.graft import Experts, GraftedModel
 from fedgraft.selection.settings import SelectionSettings
-from fedgraft.training.fit import Fit, NotFiniteError, Penalty, fit
+from fedgraft.training.fit import Fit, GradientHook, NotFiniteError, Penalty, fit
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.tree import Tree
 
@@ -95,6 +95,7 @@ class Client:
         lr: float,
         fixed: Mapping[str, Tensor] | None = None,
         penalty: Penalty | None = None,
+        on_gradients: GradientHook | None = None,
         moments: Mapping[str, Tree] | None = None,
         purpose: str = "fit",
     ) -> Fit:
@@ -114,6 +115,7 @@ class Client:
                 experts=self.experts,
                 fixed=fixed,
                 penalty=penalty,
+                on_gradients=on_gradients,
                 moments=moments,
                 report=self.report,
             )
