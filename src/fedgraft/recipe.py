@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, validate_call
 
 from fedgraft import files, plugins
-from fedgraft.aggregation.server import FederationSettings
+from fedgraft.address import everything
+from fedgraft.aggregation.merges import MEANS
+from fedgraft.aggregation.settings import FederationSettings
 from fedgraft.data.settings import DataSettings
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.grafts.lora import LoraSettings
@@ -77,6 +80,10 @@ class Recipe(Section):
         except ValidationError as error:
             raise ValueError(explain(error, "method.")) from None
         assert isinstance(method, Method)
+        method = self._with_merge(method)
+        for key in ("dropout", "deadline", "join") if method.pooled else ():
+            if getattr(self.federation, key) != FederationSettings.model_fields[key].default:
+                raise ValueError(f"federation.{key}: method {self.method.name!r} pools the rows, so no client can be missing; remove it")
         plugins.load("dataset", self.data.dataset)
         if "selection" in method.sections:
             plugins.load("criterion", self.selection.criterion)
@@ -85,6 +92,18 @@ class Recipe(Section):
                 f"{section}: set in the recipe, but method {self.method.name!r} doesn't use it; remove it, or --set {section}=null"
             )
         return method
+
+    def _with_merge(self, method: Method) -> Method:
+        """`federation.merge` in the place of the method's mean."""
+        rule = self.federation.merge
+        merge = rule.merge(method.merge)
+        if merge is method.merge:
+            return method
+        own = "" if method.merge in MEANS else "has a merge of its own"
+        nothing = "shares nothing" if method.personal is everything else ""
+        if why := method.needs_mean or nothing or own:
+            raise ValueError(f"federation.merge: {rule.rule!r} can't be used, since method {self.method.name!r} {why}; set it to mean")
+        return dataclasses.replace(method, merge=merge)
 
     def complete(self) -> dict[str, Any]:
         """The recipe with every default filled in, without sections that the method doesn't use."""
@@ -241,5 +260,6 @@ def explain(error: ValidationError, place: str = "") -> str:
 def _known_keys(sections: tuple[Any, ...]) -> list[str]:
     model: Any = Recipe
     for section in sections:
-        model = model.model_fields[section].annotation
+        choices = {choice.model_fields["rule"].default: choice for choice in get_args(model)}  # of a section that comes in kinds
+        model = choices[section] if choices else model.model_fields[section].annotation
     return list(model.model_fields)

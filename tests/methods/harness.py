@@ -82,6 +82,11 @@ class Run:
         return self.session.server.state.tree("shared")
 
     @property
+    def sites(self) -> list[str]:
+        """Who trains: the clients, or the one site of a method that pools their rows."""
+        return self.session.server.clients
+
+    @property
     def digest(self) -> str:
         """The run's digest."""
         return (self.session.folder / "digest.txt").read_text()

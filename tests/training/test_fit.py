@@ -198,7 +198,7 @@ def test_router_aux_adds_the_load_balancing_loss(tiny_graft, family, checkpointi
 
 @pytest.mark.parametrize("split", [lambda batch: [batch], halves])
 def test_gradients_are_seen_and_changed_once_per_step_before_clipping(tiny_graft, split):
-    """Adding a constant to every gradient is the plain loop with the sum of the leaves, times it, in the loss; what is seen is the raw one."""
+    """Adding 0.1 to every gradient is the plain loop with 0.1 times the sum of the leaves in its loss; what is seen is raw."""
     model = tiny_graft("olmoe")
     start, seen = leaves(model), []
 

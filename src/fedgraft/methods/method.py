@@ -36,7 +36,7 @@ def open_run(method: Method, server: Server, ask: Ask) -> None:
     shared, _ = partition(server.fresh_shared() if "adapters" in method.places else {}, lambda key: not method.personal(key))
     server.state = Bundle(trees={"shared": shared})
     if "side" in method.places:
-        for _ in ask("graft", {client: server.package() for client in server.clients}):
+        for _ in ask("graft", {client: server.package() for client in server.present()}):
             pass
 
 
@@ -147,6 +147,8 @@ class Method:
     """Many replies -> one delta."""
     step: ServerStep = replace
     """Delta -> new state."""
+    pooled: bool = False
+    """One site holds all clients' training rows, which leave them; each client is evaluated on its own rows as ever."""
     needs_mean: str = ""
     """Why its replies must be averaged; empty: `federation.merge` may set another rule in the place of a mean."""
     open: ServerHalf = open_run
