@@ -79,13 +79,13 @@ def grow_graft(method: Method, client: Client, package: Bundle) -> Bundle:
 
 
 def personal_leaves(method: Method, client: Client) -> Tree:
-    """The client's own leaves: those it remembers, else fresh ones."""
+    """The client's own leaves: those it remembers, else fresh ones; a client that has not chosen its experts yet has no grafts."""
     if "personal" in client.memory.trees:
         return client.memory.tree("personal")
     fresh: Tree = {}
     if "adapters" in method.places:
         fresh |= client.model.fresh_adapters(client.seed)
-    if "side" in method.places:
+    if "side" in method.places and client.experts:
         fresh |= client.model.fresh_side(client.experts, client.seed)
     return partition(fresh, method.personal)[0]
 

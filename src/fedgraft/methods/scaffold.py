@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedgraft.aggregation.merges import by_examples, uniform
@@ -73,9 +74,9 @@ def train(method: Method, client: Client, package: Bundle) -> Bundle:
         nonlocal steps
         steps += 1
         for key, leaf in leaves.items():
-            if leaf.grad is not None:
-                total[key] = total[key] + leaf.grad if key in total else leaf.grad.clone()
-                leaf.grad += correction[key].to(leaf.device) if key in correction else 0
+            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad  # an expert that no token reached has none
+            total[key] = total[key] + gradient if key in total else gradient.clone()
+            leaf.grad = gradient + correction[key].to(leaf.device) if key in correction else gradient
 
     def corrected(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
         return client.fit(start, round_number=round_number, lr=lr, on_gradients=correct, moments=kept_moments(client))

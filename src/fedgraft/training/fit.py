@@ -159,9 +159,9 @@ def _training(model: GraftedModel, settings: TrainingSettings) -> Iterator[None]
 def _moments(optimizer: torch.optim.Optimizer, order: Sequence[str], leaves: Mapping[str, Tensor]) -> dict[str, Tree]:
     kept: dict[str, Tree] = {"exp_avg": {}, "exp_avg_sq": {}, "step": {}}
     for key in order:
-        state = optimizer.state[leaves[key]]
-        for name, tree in kept.items():
-            tree[key] = state[name].detach().clone()
+        if state := optimizer.state.get(leaves[key]):  # a leaf that never had a gradient has none: an expert that no token reached
+            for name, tree in kept.items():
+                tree[key] = state[name].detach().clone()
     return kept
 
 
