@@ -243,9 +243,10 @@ def _shared(clients: Sequence[ClientData]) -> Problem | None:
     shared = [names for names in holders.values() if len(names) > 1]
     if not shared:
         return None
+    who = _named(sorted(set().union(*shared)))
     return Problem(
         client="",
-        problem=f"{_count(len(shared), 'row')} held by more than one client: {_named(sorted({name for names in shared for name in names}))}",
+        problem=f"{_count(len(shared), 'row')} held by more than one client: {who}",
         remedy="fine if the clients really share them; else keep each at one client, or one's test rows are trained on by another",
     )
 
