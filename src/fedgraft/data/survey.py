@@ -179,7 +179,7 @@ def _leaked(client: ClientData, figures: ClientSurvey) -> Iterator[Problem]:
 
 
 def _wordless(client: ClientData, figures: ClientSurvey) -> Iterator[Problem]:
-    empty = [example.id for example in _all(client) if not any(character.isalnum() for character in example.response)]
+    empty = [example.id for example in _all(client) if not _worded(example)]
     if empty:
         yield Problem(
             client=client.name,
@@ -188,9 +188,13 @@ def _wordless(client: ClientData, figures: ClientSurvey) -> Iterator[Problem]:
         )
 
 
+def _worded(example: Example) -> bool:
+    return any(character.isalnum() for character in example.response)
+
+
 def _one_word(client: ClientData, figures: ClientSurvey) -> Iterator[Problem]:
     words = [len(example.response.split()) for example in _all(client)]
-    short = [example.id for example, count in zip(_all(client), words, strict=True) if count == 1]
+    short = [example.id for example, count in zip(_all(client), words, strict=True) if count == 1 and _worded(example)]
     if not figures.labels and short and np.median(words) >= 8 and len(short) * 10 <= len(words):
         yield Problem(
             client=client.name,
