@@ -15,11 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedgraft.moe.family import Family, Site, family_of
+from fedgraft.moe.family import Anatomy, anatomy_of
+from fedgraft.moe.site import Site
 from fedgraft.settings import Section
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 EMBEDDED = "demo"
 
@@ -40,21 +41,19 @@ class ModelSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
+class Base(Anatomy):
     """A loaded, frozen base model with its MoE layers."""
 
     name: str
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    family: Family
-    sites: list[Site]
     digest: str
     """SHA-256 over configuration and weight files (hub: name and commit)."""
 
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def pad_id(self) -> int:
@@ -102,14 +101,13 @@ def load_base(settings: ModelSettings) -> Base:
 def prepare(name: str, model: Any, tokenizer: Any, digest: str) -> Base:
     """A `Base` from a live model and tokenizer: frozen, its MoE layers found and probed."""
     model.requires_grad_(False).eval()
-    family = family_of(model.config.model_type)
-    sites = family.sites(model)
-    probe(model, sites)
-    return Base(name=name, model=model, tokenizer=tokenizer, family=family, sites=sites, digest=digest)
+    anatomy = anatomy_of(model)
+    probe(model, anatomy.sites)
+    return Base(name=name, tokenizer=tokenizer, digest=digest, **vars(anatomy))
 
 
 def probe(model: nn.Module, sites: list[Site]) -> None:
-    """Check that every experts module runs exactly once in a forward; kernels that replace a whole block would bypass the grafts.
+    """Check that every MoE layer runs exactly once in a forward; kernels that replace a whole block would bypass the grafts.
 
     Raises:
         ValueError: a layer ran never or more than once.
@@ -122,7 +120,7 @@ def probe(model: nn.Module, sites: list[Site]) -> None:
 
         return hook
 
-    handles = [site.experts.register_forward_hook(counter(site.path)) for site in sites]
+    handles = [site.hooked.register_forward_hook(counter(site.path)) for site in sites]
     try:
         with torch.no_grad():
             model(torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device))
