@@ -24,6 +24,7 @@ from fedgraft.starter import keys
         (Annotated[float, Field(ge=0, lt=1)], "number ≥ 0, < 1"),
         (Annotated[list[str], Field(min_length=1)] | None, "list of text, at least 1 or empty"),
         (tuple[Literal["q", "k"], ...], "list of `q` or `k`"),
+        (dict[int | str, str] | None, "mapping of whole number or text to text or empty"),
     ],
 )
 def test_types_in_words(annotation, words):

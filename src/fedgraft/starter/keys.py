@@ -89,6 +89,8 @@ def in_words(annotation: Any, bounds: tuple[Any, ...] = ()) -> str:
     if origin in (list, tuple):
         least = next((f", at least {bound.min_length}" for bound in bounds if isinstance(bound, MinLen)), "")
         return f"list of {in_words(inner[0])}{least}"
+    if origin is dict:
+        return f"mapping of {in_words(inner[0])} to {in_words(inner[1])}"
     ranges = [f"{sign} {getattr(bound, name):g}" for kind, name, sign in BOUNDS for bound in bounds if isinstance(bound, kind)]
     return " ".join([PLAIN.get(annotation, "value"), ", ".join(ranges)]).strip()
 
