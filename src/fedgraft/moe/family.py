@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedgraft import plugins
+from fedgraft.moe.weights import part
 
 PROVEN = ("mixtral", "olmoe", "qwen2_moe")
 """model_types whose extraction, gating and selection the test suite proves exact under the general rule."""
@@ -108,15 +109,13 @@ def general_sites(model: nn.Module) -> list[Site]:
 def contract_expert(site: Site, index: int) -> Expert:
     """Expert `index` of a layer that follows the experts contract."""
     module = site.experts
-    first = module.gate_up_proj if module.has_gate else module.up_proj
-    first_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
-    down_bias = module.down_proj_bias[index] if module.has_bias else None
-    fused, down = first[index].detach(), module.down_proj[index].detach()
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    fused, down = part(module, first, index), part(module, "down_proj", index)
     return Expert(
         fused=fused.mT if module.is_transposed else fused,
-        fused_bias=None if first_bias is None else first_bias[index].detach(),
+        fused_bias=part(module, f"{first}_bias", index) if module.has_bias else None,
         down=down.mT if module.is_transposed else down,
-        down_bias=None if down_bias is None else down_bias.detach(),
+        down_bias=part(module, "down_proj_bias", index) if module.has_bias else None,
         split=_splitter(bool(module.has_gate), bool(module.is_concatenated)),
         activate=_activation(module),
     )
