@@ -83,11 +83,3 @@ def test_options_of_one_device_and_of_several():
     assert several["device_map"] == "balanced"
     assert several["max_memory"] is None
     assert several["offload_folder"] == "there"
-
-
-def test_remote_code_is_never_trusted_and_offline_is_per_call():
-    assert ModelSettings(name="a/b", revision="v1", offline=True).hub == {
-        "revision": "v1",
-        "local_files_only": True,
-        "trust_remote_code": False,
-    }

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from fedgraft.moe.family import Site, family_of
-from fedgraft.moe.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -19,17 +18,6 @@ if TYPE_CHECKING:
 TEXT_KEYS = {r"^language_model\.lm_head": "lm_head", r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
 """Names of a wrapper's text weights -> those of its text model alone."""
 TEXT_PART = re.compile(r"^(lm_head|(language_model\.|model\.)*(layers|embed_tokens|norm)\.)")
-HUB_TROUBLE = {
-    "GatedRepoError": "is gated: accept its terms on huggingface.co and log in with `hf auth login`",
-    "RepositoryNotFoundError": "is neither a folder here nor a model on the hub (or it is private: `hf auth login`); check the spelling",
-    "RevisionNotFoundError": "has no such model.revision",
-    "EntryNotFoundError": "has no config.json on the hub, so it is not a transformers model",
-    "RemoteEntryNotFoundError": "has no config.json on the hub, so it is not a transformers model",
-}
-UNREACHABLE = (
-    "is no folder here and not in the local hub cache, and the hub was not reached (or model.offline forbids it); download it where there "
-    "is a network (`hf download {name}`) and give the folder, or check the spelling of the path"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +45,8 @@ class Architecture:
         return model, family_of(str(self.config.model_type)).sites(model)
 
 
-def read_architecture(name: str, source: str, hub: dict[str, Any]) -> Architecture:
-    """Read config.json and choose the class that will be loaded.
-
-    Args:
-        name: `model.name`, for messages.
-        source: folder or hub name.
-        hub: options of every call that may reach the hub.
+def read_architecture(name: str, folder: Path) -> Architecture:
+    """Read a folder's config.json and choose the class that will be loaded; `name` is for messages.
 
     Raises:
         ValueError: no readable configuration, remote code, an encoder-decoder, or no causal language model.
@@ -72,7 +55,7 @@ def read_architecture(name: str, source: str, hub: dict[str, Any]) -> Architectu
 
     where = f"model.name {name!r}:"
     try:
-        raw, _ = PretrainedConfig.get_config_dict(source, **hub)
+        raw, _ = PretrainedConfig.get_config_dict(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where} config.json cannot be read ({_first_line(error)})") from error
     kind = raw.get("model_type")
@@ -82,28 +65,10 @@ def read_architecture(name: str, source: str, hub: dict[str, Any]) -> Architectu
             f"{where} {code}its architecture {kind!r} is not one of the installed transformers; use another model or a newer version"
         )
     try:
-        config = AutoConfig.from_pretrained(source, **hub)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{where} config.json does not describe a {kind} model ({_first_line(error)})") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # configuration classes check their fields in ways of their own
+        raise ValueError(f"{where} config.json is no valid configuration of {kind} ({_first_line(error)})") from error
     return _as_text_model(where, config)
-
-
-def hub_commit(settings: ModelSettings) -> str:
-    """The commit of a hub name, with its config.json in the local cache afterwards.
-
-    Raises:
-        ValueError: it is not there, gated, or not reachable; one line with the remedy.
-    """
-    from transformers.utils.hub import cached_file
-
-    try:
-        path = cached_file(settings.name, "config.json", revision=settings.revision, local_files_only=settings.offline)
-    except (OSError, ValueError) as error:
-        causes = [type(cause).__name__ for cause in _chain(error)]
-        trouble = next((HUB_TROUBLE[cause] for cause in causes if cause in HUB_TROUBLE), UNREACHABLE.format(name=settings.name))
-        raise ValueError(f"model.name {settings.name!r} {trouble}") from error
-    assert path is not None
-    return Path(path).parent.name
 
 
 def stray_text_weights(architecture: Architecture, unexpected: set[str]) -> list[str]:
@@ -132,14 +97,6 @@ def _as_text_model(where: str, config: Any) -> Architecture:
         return Architecture(config=config, quantisation=packing)
     own = type(config) in CAUSAL and CAUSAL[type(config)] is CAUSAL[type(text)]
     return Architecture(config=text, quantisation=packing, wrapper=kind, key_mapping={} if own else TEXT_KEYS)
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    found: list[BaseException] = []
-    while error is not None and error not in found:
-        found.append(error)
-        error = error.__cause__ or error.__context__
-    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedgraft.moe.architecture import stray_text_weights
+from fedgraft.moe.architecture import Architecture, stray_text_weights
+from fedgraft.moe.checkpoint import inspect_folder
 from fedgraft.moe.family import Family, Site, family_of
+from fedgraft.moe.hub import hub_weights
 from fedgraft.moe.memory import check_room
-from fedgraft.moe.plan import Plan, examine
-from fedgraft.moe.quantise import quiet_torchao
+from fedgraft.moe.plan import Plan, examine, file_notes
+from fedgraft.moe.quantise import check_plain, quiet_torchao
 from fedgraft.moe.settings import ModelSettings
 from fedgraft.moe.weights import compute_device
 
@@ -75,9 +77,16 @@ def load_base(settings: ModelSettings) -> Base:
         torch.set_num_threads(settings.threads)
     plan = examine(settings)
     check_room(settings.name, plan.needed, plan.room, settings)
-    tokenizer = _tokenizer(settings, plan)
-    model = _model(settings, plan)
-    return prepare(settings.name, model, tokenizer, _digest(plan), plan.notes)
+    checkpoint = plan.checkpoint or inspect_folder(hub_weights(settings, str(plan.commit)))
+    where = f"model.name {settings.name!r}:"
+    try:
+        check_plain(plan.architecture, checkpoint)
+        tokenizer = _tokenizer(checkpoint.folder, plan.architecture)
+        model = _model(checkpoint.folder, plan)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
+    digest = _digest(checkpoint.folder) if plan.commit is None else _digest_of_commit(settings.name, plan.commit)
+    return prepare(settings.name, model, tokenizer, digest, (*plan.notes, *file_notes(settings, checkpoint)))
 
 
 def prepare(name: str, model: Any, tokenizer: Any, digest: str, notes: tuple[str, ...] = ()) -> Base:
@@ -116,23 +125,22 @@ def probe(model: nn.Module, sites: list[Site], device: torch.device | str = "cpu
         raise ValueError(f"{wrong[0]}: ran {fired[wrong[0]]} times in one forward, so a graft there would not act as specified")
 
 
-def _tokenizer(settings: ModelSettings, plan: Plan) -> Any:
+def _tokenizer(folder: Path, architecture: Architecture) -> Any:
     from transformers import AutoTokenizer
 
-    where = f"model.name {settings.name!r}:"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(plan.source, **settings.hub | {"revision": plan.commit})
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare exceptions
-        raise ValueError(f"{where} its tokenizer cannot be read ({error}); copy its files again") from error
-    vocabulary = plan.architecture.config.vocab_size
+        raise ValueError(f"its tokenizer cannot be read ({error}); copy its files again") from error
+    vocabulary = architecture.config.vocab_size
     if len(tokenizer) > vocabulary:
-        raise ValueError(f"{where} its tokenizer has {len(tokenizer):,} tokens, the model {vocabulary:,}; the files are of two models")
+        raise ValueError(f"its tokenizer has {len(tokenizer):,} tokens, the model {vocabulary:,}; the files are of two models")
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ValueError(f"{where} its tokenizer names neither a padding nor an end token; set eos_token in tokenizer_config.json")
+        raise ValueError("its tokenizer names neither a padding nor an end token; set eos_token in tokenizer_config.json")
     return tokenizer
 
 
-def _model(settings: ModelSettings, plan: Plan) -> Any:
+def _model(folder: Path, plan: Plan) -> Any:
     """The weights, complete: transformers would draw missing ones at random and drop those it has no place for."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -140,23 +148,22 @@ def _model(settings: ModelSettings, plan: Plan) -> Any:
     logging.disable_progress_bar()  # the run has its own
     level = logging.get_verbosity()
     logging.set_verbosity(CRITICAL)  # what its report says is raised here
-    where = f"model.name {settings.name!r}:"
-    options = plan.options | settings.hub | {"revision": plan.commit, "use_safetensors": True}
+    options = plan.options | {"use_safetensors": True, "trust_remote_code": False}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are raised below, with their names
     try:
         with quiet_torchao():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(plan.source, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, KeyError, RuntimeError, ValueError, ImportError) as error:
-        raise ValueError(f"{where} cannot be loaded as a causal language model ({error})") from error
+        raise ValueError(f"cannot be loaded as a causal language model ({error})") from error
     finally:
         logging.set_verbosity(level)
     model, found = loaded
     for key, stored, wanted in sorted(found["mismatched_keys"]):
-        raise ValueError(f"{where} {key} is {list(stored)} in the checkpoint and {list(wanted)} by config.json; they are of two models")
+        raise ValueError(f"{key} is {list(stored)} in the checkpoint and {list(wanted)} by config.json; they are of two models")
     if found["missing_keys"]:
-        raise ValueError(f"{where} the checkpoint lacks {_some(found['missing_keys'])}; it is incomplete, copy it again")
+        raise ValueError(f"the checkpoint lacks {_some(found['missing_keys'])}; it is incomplete, copy it again")
     if stray := stray_text_weights(plan.architecture, found["unexpected_keys"]):
-        raise ValueError(f"{where} config.json has no place for {_some(stray)}; it is of another model than the weights")
+        raise ValueError(f"config.json has no place for {_some(stray)}; it is of another model than the weights")
     return model
 
 
@@ -165,15 +172,18 @@ def _some(keys: Any) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _digest(plan: Plan) -> str:
-    """Every byte counts, so that a base that differs in one weight is another base; a hub commit stands for its bytes."""
-    if plan.commit is not None:
-        return hashlib.sha256(f"{plan.source}@{plan.commit}".encode()).hexdigest()
+def _digest(folder: Path) -> str:
+    """Every byte counts, so that a base that differs in one weight is another base."""
     sums = hashlib.sha256()
-    for path in sorted(Path(plan.source).iterdir()):
+    for path in sorted(folder.iterdir()):
         if path.name in {"config.json", "tokenizer.json"} or path.suffix == ".safetensors":
             sums.update(path.name.encode())
             with path.open("rb") as content:
                 while block := content.read(1 << 22):
                     sums.update(block)
     return sums.hexdigest()
+
+
+def _digest_of_commit(name: str, commit: str) -> str:
+    """A hub commit stands for its bytes."""
+    return hashlib.sha256(f"{name}@{commit}".encode()).hexdigest()

@@ -46,14 +46,13 @@ class Room:
 
 
 def weights_needed(source: PreTrainedConfig | str | Path, dtype: str = "float32", quantise: str = "none") -> Needed:
-    """Memory for a base given by a configuration, a folder or the name of a hub model whose config.json is in the local cache.
+    """Memory for a base given by its configuration or a folder with its config.json.
 
     Raises:
         ValueError: not a decoder-only MoE language model.
     """
     if isinstance(source, str | Path):
-        offline = ModelSettings(offline=True).hub
-        architecture = read_architecture(str(source), str(source), offline)
+        architecture = read_architecture(str(source), Path(source))
     else:
         architecture = Architecture(config=source, quantisation=None)
     return needed_by(*architecture.skeleton(getattr(torch, dtype)), quantise)

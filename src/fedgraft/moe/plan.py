@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from fedgraft.moe.architecture import Architecture, hub_commit, read_architecture
+from fedgraft.moe.architecture import Architecture, read_architecture
 from fedgraft.moe.checkpoint import Checkpoint, inspect_folder
 from fedgraft.moe.family import Site
+from fedgraft.moe.hub import hub_config
 from fedgraft.moe.memory import Needed, Room, gib, needed_by, room_for
 from fedgraft.moe.quantise import check_int8, int8_options, unpack_options
 from fedgraft.moe.settings import EMBEDDED, ModelSettings
@@ -23,10 +24,10 @@ from fedgraft.moe.settings import EMBEDDED, ModelSettings
 class Plan:
     """The findings of `examine`."""
 
-    source: str
-    """Folder or hub name."""
+    folder: Path
+    """Where its config.json is, and of a local folder everything else."""
     commit: str | None
-    """Of a hub name."""
+    """Of a hub name, whose weights may have to be downloaded yet."""
     architecture: Architecture
     checkpoint: Checkpoint | None
     """The files of a folder."""
@@ -37,7 +38,7 @@ class Plan:
     options: dict[str, Any]
     """What `from_pretrained` is given."""
     notes: tuple[str, ...]
-    """What a user should know and need not act on: precision lost, files and parts left out."""
+    """What a user should know and need not act on: parts left out, quantisation."""
 
 
 def examine(settings: ModelSettings) -> Plan:
@@ -48,12 +49,11 @@ def examine(settings: ModelSettings) -> Plan:
     Raises:
         ValueError: as `load_base`.
     """
-    source = locate(settings.name)
-    local = Path(source).is_dir()
-    settings.check(local=local)
-    checkpoint = inspect_folder(Path(source)) if local else None
-    commit = None if local else hub_commit(settings)
-    architecture = read_architecture(settings.name, source, settings.hub | {"revision": commit})
+    local = locate(settings.name)
+    settings.check(local=local is not None)
+    checkpoint = None if local is None else inspect_folder(local)
+    folder = hub_config(settings) if local is None else local
+    architecture = read_architecture(settings.name, folder)
     try:
         skeleton, sites = architecture.skeleton(getattr(torch, settings.dtype))
         needed = needed_by(skeleton, sites, settings.quantise)
@@ -62,49 +62,52 @@ def examine(settings: ModelSettings) -> Plan:
                 f"quantise bitsandbytes: it packs ordinary linear layers only, so the fused experts, {gib(needed.experts)} of "
                 f"{gib(needed.weights)}, would stay as they are; use quantise: int8 with experts: eager"
             )
-        packing = unpack_options(architecture, checkpoint)
+        packing = unpack_options(architecture)
         if settings.quantise == "int8":
             check_int8(sites)
             packing = packing or int8_options(sites)
     except ValueError as error:
         raise ValueError(f"model.name {settings.name!r}: {error}") from error
     return Plan(
-        source=source,
-        commit=commit,
+        folder=folder,
+        commit=folder.name if local is None else None,
         architecture=architecture,
         checkpoint=checkpoint,
         sites=sites,
         needed=needed,
         room=room_for(settings),
         options=settings.options() | {"config": architecture.config, "key_mapping": architecture.key_mapping or None} | packing,
-        notes=tuple(_notes(settings, architecture, checkpoint)),
+        notes=tuple(_notes(settings, architecture)),
     )
 
 
-def locate(name: str) -> str:
-    """Folder or hub name to load from.
+def locate(name: str) -> Path | None:
+    """The folder to load from; None for a hub name.
 
     Raises:
         ValueError: it looks like a path and is not there.
     """
     if name == EMBEDDED:
-        return str(resources.files("fedgraft") / "assets" / "base")
+        return Path(str(resources.files("fedgraft") / "assets" / "base"))
     looks_local = name.startswith((".", "/", "~")) or os.sep in name[:1] or name.count("/") > 1
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return str(folder)
+        return folder
     if looks_local:
         raise ValueError(f"model.name {name!r}: no such folder")
-    return name
+    return None
 
 
-def _notes(settings: ModelSettings, architecture: Architecture, checkpoint: Checkpoint | None) -> Iterator[str]:
-    if checkpoint is not None:
-        finer = checkpoint.stored() & ({"float32", "float64"} if settings.dtype != "float32" else {"float64"})
-        if finer:
-            yield f"weights stored as {min(finer)} are rounded to {settings.dtype}"
-        if checkpoint.ignored:
-            yield f"not part of the model, not read: {', '.join(checkpoint.ignored)}"
+def file_notes(settings: ModelSettings, checkpoint: Checkpoint) -> Iterator[str]:
+    """What of the files is changed or left out."""
+    finer = checkpoint.stored() & ({"float32", "float64"} if settings.dtype != "float32" else {"float64"})
+    if finer:
+        yield f"weights stored as {min(finer)} are rounded to {settings.dtype}"
+    if checkpoint.ignored:
+        yield f"not part of the model, not read: {', '.join(checkpoint.ignored)}"
+
+
+def _notes(settings: ModelSettings, architecture: Architecture) -> Iterator[str]:
     if architecture.wrapper is not None:
         yield f"{architecture.wrapper}: its text model alone is loaded"
     if architecture.quantisation is not None:

@@ -56,17 +56,13 @@ def int8_options(sites: list[Site]) -> dict[str, Any]:
         return {"quantization_config": TorchAoConfig(FqnToConfig({path: Int8WeightOnlyConfig() for path in expert_parameters(sites)}))}
 
 
-def unpack_options(architecture: Architecture, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def unpack_options(architecture: Architecture) -> dict[str, Any]:
     """What `from_pretrained` is given to unpack a packed checkpoint; empty for a plain one.
 
     Raises:
         ValueError: weights packed in a way that is not unpacked here.
     """
     if architecture.quantisation is None:
-        packed = checkpoint.packed() if checkpoint else {}
-        if packed:
-            name = min(packed)
-            raise ValueError(f"{name} is stored as {packed[name]}, and config.json does not say how it is quantised; {_remedy()}")
         return {}
     method = str(architecture.quantisation.get("quant_method", "unknown")).lower()
     if method not in UNPACKED:
@@ -76,6 +72,18 @@ def unpack_options(architecture: Architecture, checkpoint: Checkpoint | None) ->
     config: Any = copy.deepcopy(architecture.config)
     config.quantization_config = architecture.quantisation
     return {"config": config, "quantization_config": Mxfp4Config(dequantize=True)}
+
+
+def check_plain(architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """Refuse packed weights whose configuration says nothing of it; transformers would take the numbers as they are.
+
+    Raises:
+        ValueError: naming one of them.
+    """
+    packed = checkpoint.packed()
+    if packed and architecture.quantisation is None:
+        name = min(packed)
+        raise ValueError(f"{name} is stored as {packed[name]}, and config.json does not say how it is quantised; {_remedy()}")
 
 
 @contextmanager

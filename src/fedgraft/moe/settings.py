@@ -134,8 +134,3 @@ class ModelSettings(Section):
                 placement["offload_folder"] = str(Path(self.offload).expanduser())
         attention = {} if self.attention == "auto" else {"attn_implementation": self.attention}
         return {"dtype": getattr(torch, self.dtype), "experts_implementation": self.experts, **attention, **placement}
-
-    @property
-    def hub(self) -> dict[str, Any]:
-        """What every call that may reach the hub is given."""
-        return {"revision": self.revision, "local_files_only": self.offline, "trust_remote_code": False}
