@@ -21,7 +21,7 @@ from fedgraft.moe.memory import check_room
 from fedgraft.moe.plan import Plan, examine, file_notes
 from fedgraft.moe.quantise import check_plain, quiet_torchao
 from fedgraft.moe.settings import ModelSettings
-from fedgraft.moe.weights import compute_device
+from fedgraft.moe.weights import compute_device, keep_in_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,6 +94,8 @@ def prepare(name: str, model: Any, tokenizer: Any, digest: str, notes: tuple[str
     model.requires_grad_(False).eval()
     family = family_of(model.config.model_type)
     sites = family.sites(model)
+    for site in sites:
+        keep_in_memory(site.router)  # small, and read between forwards too
     base = Base(name=name, model=model, tokenizer=tokenizer, family=family, sites=sites, digest=digest, notes=notes)
     probe(model, sites, base.device)
     return base

@@ -31,6 +31,20 @@ def part(module: nn.Module, name: str, index: int) -> Tensor:
     return plain(stored(module, name)[index].detach()).to(compute_device(module))
 
 
+def keep_in_memory(module: nn.Module) -> None:
+    """Take an offloaded module back to where it computes, for good."""
+    from accelerate.hooks import remove_hook_from_module
+
+    for inner in module.modules():
+        names = [name for name, parameter in inner.named_parameters(recurse=False) if parameter.device.type == "meta"]
+        if names and _hooks(inner):
+            device = compute_device(inner)
+            values = {name: stored(inner, name).to(device, copy=True) for name in names}
+            remove_hook_from_module(inner)
+            for name, value in values.items():
+                setattr(inner, name, nn.Parameter(value, requires_grad=False))
+
+
 def compute_device(module: nn.Module) -> torch.device:
     """Where `module` computes: accelerate's choice for a dispatched model, else where its parameters lie."""
     for hook in _hooks(module):
