@@ -51,6 +51,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": EXPERTS, "intermediate_size": WIDTH},
 }
 
+PROVEN = tuple(CONFIGS)
+"""The families that the detailed tests run on; `tests/families` proves all others."""
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:

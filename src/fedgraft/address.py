@@ -1,7 +1,9 @@
 """Leaf addresses: `layers.<l>.<place>...<projection>.<part>`, the stable names under which leaves live, travel and are stored.
 
-Places in use: `attention` (LoRA of the attention projections) and `side.<j>` (the j-th grafted expert of a layer: `expert.<projection>` and
-its gate `mix`). Parts: `A`, `B` (LoRA factors, A [rank, in], B [out, rank]), `weight` and `bias` (trained in full).
+Places in use: `attention`, `mixer`, `shared` and `linear` (low-rank pairs on linear layers: attention projections, state-space or linear
+attention layers, shared experts, all others), `expert.<e>` (low-rank pairs on a routed expert), `router` (its rows, trained in full)
+and `side.<j>` (the j-th grafted expert of a layer: `expert.<projection>` and its gate `mix`). Parts: `A`, `B` (LoRA factors, A [rank, in],
+B [out, rank]), `weight` and `bias` (trained in full).
 
 `<l>` counts the decoder layers of the model, dense ones included.
 """
@@ -11,14 +13,24 @@ from __future__ import annotations
 from fedgraft.tree import Predicate
 
 
-def attention(layer: int, projection: str, part: str) -> str:
-    """Address of an attention leaf, `projection` being its role: q, k, v or o."""
-    return f"layers.{layer}.attention.{projection}.{part}"
+def projection(layer: int, place: str, name: str) -> str:
+    """Head of the addresses of a low-rank pair on a linear layer: `place` and `name` as in `moe.projections.Projection`."""
+    return f"layers.{layer}.{place}.{name}"
 
 
-def side_expert(layer: int, graft: int, projection: str, part: str) -> str:
-    """Address of a leaf of the `graft`-th grafted expert, `projection` being gate, up or down."""
-    return f"layers.{layer}.side.{graft}.expert.{projection}.{part}"
+def expert(layer: int, index: int, name: str) -> str:
+    """Head of the addresses of a low-rank pair on routed expert `index`, `name` being gate, up or down."""
+    return f"layers.{layer}.expert.{index}.{name}"
+
+
+def router(layer: int) -> str:
+    """Address of the router's rows [E, H], trained in full."""
+    return f"layers.{layer}.router.weight"
+
+
+def side_expert(layer: int, graft: int, name: str) -> str:
+    """Head of the addresses of the `graft`-th grafted expert's leaves, `name` being gate, up or down."""
+    return f"layers.{layer}.side.{graft}.expert.{name}"
 
 
 def side_mix(layer: int, graft: int, part: str) -> str:

@@ -123,7 +123,7 @@ class Session:
             federation=recipe.federation,
             lr=recipe.training.lr,
             lr_min=recipe.training.lr_min,
-            fresh_shared=lambda: self.model.fresh_attention(recipe.seed),
+            fresh_shared=lambda: self.model.fresh_adapters(recipe.seed),
         )
         self.opened = False
         self.replies: dict[str, dict[str, Any]] = {}

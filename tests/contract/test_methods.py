@@ -61,7 +61,7 @@ def test_build_returns_a_frozen_method_and_its_docstring_names_every_option(meth
     assert type(built) is Method
     with pytest.raises(dataclasses.FrozenInstanceError):
         built.places = frozenset()
-    assert built.places <= {"attention", "side"}
+    assert built.places <= {"adapters", "side"}
 
 
 def test_three_rounds_move_the_leaves_and_state_and_memories_survive_codec_and_disk(start, method):

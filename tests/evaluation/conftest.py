@@ -52,6 +52,6 @@ def prediction(client):
     """Leaves of a graft of expert 3 and 5, none of them zero."""
     experts = [[3], [5]]
     with seeds.torch_default(1):
-        fresh = client.model.fresh_attention(0) | client.model.fresh_side(experts, 0)
+        fresh = client.model.fresh_adapters(0) | client.model.fresh_side(experts, 0)
         tree = {key: leaf + 0.2 * torch.randn_like(leaf) for key, leaf in fresh.items()}
     return Prediction(tree=tree, experts=experts)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedgraft.moe.family import PROVEN
 from fedgraft.tree import combine, digest
+from tests.conftest import PROVEN
 from tests.grafts.twins import IDS, MASK, graft_by_hand, logits, merge_attention, random_leaves
 
 EXPERTS = [[5], [2]]
@@ -14,7 +14,7 @@ KINDS = [("lora", "faithful"), ("full", "faithful"), ("lora", "preserving"), ("f
 
 
 def leaves(model, seed, experts=EXPERTS):
-    return random_leaves(combine(model.fresh_attention(0), model.fresh_side(experts, 0)), seed)
+    return random_leaves(combine(model.fresh_adapters(0), model.fresh_side(experts, 0)), seed)
 
 
 def test_clients_are_swapped_without_a_trace(tiny_base, tiny_graft):

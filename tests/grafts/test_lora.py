@@ -11,8 +11,8 @@ import torch
 from fedgraft.grafts.graft import GraftedModel
 from fedgraft.grafts.lora import LoraSettings
 from fedgraft.grafts.side_expert import GraftSettings
-from fedgraft.moe.family import PROVEN
 from fedgraft.tree import digest
+from tests.conftest import PROVEN
 from tests.grafts.twins import logits, merge_attention, random_leaves
 
 TARGETS = [("q", "k", "v"), ("q", "k", "v", "o"), ("o",)]
@@ -23,7 +23,7 @@ TARGETS = [("q", "k", "v"), ("q", "k", "v", "o"), ("o",)]
 def test_zero_is_the_base_and_any_other_the_merged_weights(tiny_base, tiny_graft, family, targets):
     """B = 0 bit for bit; W + alpha / rank B A to 1e-5."""
     model = tiny_graft(family, targets=targets)
-    fresh = model.fresh_attention(0)
+    fresh = model.fresh_adapters(0)
     assert len(fresh) == 2 * 2 * len(targets)
     with model.using(fresh, []):
         assert torch.equal(logits(model.base), logits(tiny_base(family)))
@@ -34,7 +34,7 @@ def test_zero_is_the_base_and_any_other_the_merged_weights(tiny_base, tiny_graft
 
 def test_absent_pairs_are_off(tiny_base, tiny_graft):
     model = tiny_graft("qwen2_moe")
-    tree = random_leaves(model.fresh_attention(0))
+    tree = random_leaves(model.fresh_adapters(0))
     with model.using(tree, []):
         whole = logits(model.base)
     part = {key: leaf for key, leaf in tree.items() if key.startswith("layers.1.") or ".attention.k." in key}
@@ -48,7 +48,7 @@ def test_absent_pairs_are_off(tiny_base, tiny_graft):
 def test_fresh_factors(tiny_graft):
     """A ~ U(-1/sqrt(in), 1/sqrt(in)), whose standard deviation is 1 / sqrt(3 in); B = 0; shapes by projection (4 heads, 2 for k and v)."""
     model = tiny_graft("olmoe", rank=64, alpha=64.0)
-    tree = model.fresh_attention(3)
+    tree = model.fresh_adapters(3)
     for layer in (0, 1):
         for role, outputs in (("q", 32), ("k", 16), ("v", 16)):
             factor_a, factor_b = (tree[f"layers.{layer}.attention.{role}.{part}"] for part in "AB")
@@ -61,14 +61,14 @@ def test_fresh_factors(tiny_graft):
 
 
 def test_fresh_factors_depend_on_seed_and_address_alone(tiny_graft):
-    few, all_four = tiny_graft("olmoe").fresh_attention(0), tiny_graft("olmoe", targets=("o", "v", "q", "k")).fresh_attention(0)
+    few, all_four = tiny_graft("olmoe").fresh_adapters(0), tiny_graft("olmoe", targets=("o", "v", "q", "k")).fresh_adapters(0)
     assert digest({key: all_four[key] for key in few}) == digest(few)
-    assert digest(tiny_graft("olmoe").fresh_attention(1)) != digest(few)
+    assert digest(tiny_graft("olmoe").fresh_adapters(1)) != digest(few)
 
 
 def test_dropout_acts_while_training_alone(tiny_base, tiny_graft):
     model = tiny_graft("olmoe", dropout=0.5)
-    tree = random_leaves(model.fresh_attention(0))
+    tree = random_leaves(model.fresh_adapters(0))
     with model.using(tree, []):
         torch.testing.assert_close(logits(model.base), logits(merge_attention(tiny_base("olmoe"), tree, 6 / 4)), rtol=1e-5, atol=1e-5)
         model.base.model.train()
@@ -77,15 +77,15 @@ def test_dropout_acts_while_training_alone(tiny_base, tiny_graft):
 
 def test_a_projection_that_is_not_there_is_named(tiny_base):
     base = tiny_base("olmoe")
-    sites = [base.sites[0], replace(base.sites[1], attention={"q": base.sites[1].attention["q"]})]
-    with pytest.raises(ValueError, match=r"lora.targets: layer 1 has no 'k' projection; it has \['q'\]"):
-        GraftedModel(replace(base, sites=sites), LoraSettings(), GraftSettings())
+    without = [part for part in base.projections if part.name != "k"]
+    with pytest.raises(ValueError, match=r"lora.targets: this model has no 'k' layer that can be adapted; it has linear, o, q, v"):
+        GraftedModel(replace(base, projections=without), LoraSettings(), GraftSettings())
 
 
 def test_scale_takes_fractions(tiny_base, tiny_graft):
     """alpha = pi, rank 4."""
     model = tiny_graft("mixtral", alpha=math.pi)
-    tree = random_leaves(model.fresh_attention(0))
+    tree = random_leaves(model.fresh_adapters(0))
     with model.using(tree, []):
         torch.testing.assert_close(
             logits(model.base), logits(merge_attention(tiny_base("mixtral"), tree, math.pi / 4)), rtol=1e-5, atol=1e-5

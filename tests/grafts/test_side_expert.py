@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from fedgraft.grafts.side_expert import GraftSettings
-from fedgraft.moe.family import PROVEN
 from fedgraft.tree import combine, count
+from tests.conftest import PROVEN
 from tests.grafts.twins import graft_by_hand, logits, random_leaves
 
 EXPERTS = {1: [[5], [2]], 2: [[5, 0], [2, 7]]}
@@ -127,7 +127,7 @@ def test_full_graft_is_a_copy_and_lora_aliases_its_source(tiny_graft):
         with model.using(tree, EXPERTS[1]):
             for site, chosen in zip(model.base.sites, EXPERTS[1], strict=True):
                 (side,) = model._side._active[site.layer]
-                assert side.source.fused.data_ptr() == site.experts.gate_up_proj[chosen[0]].data_ptr()
+                assert side.source.gate.data_ptr() == site.experts.gate_up_proj[chosen[0]].data_ptr()
                 assert side.source.down.data_ptr() == site.experts.down_proj[chosen[0]].data_ptr()
 
 

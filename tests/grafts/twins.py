@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fedgraft.moe.family import Site
 from fedgraft.moe.load import Base
+from fedgraft.moe.site import Site
 from fedgraft.tree import Tree
 
 IDS = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(7))
@@ -31,11 +31,12 @@ def random_leaves(tree: Mapping[str, Tensor], seed: int = 1) -> Tree:
 
 def merge_attention(base: Base, tree: Mapping[str, Tensor], scale: float) -> Base:
     """W + scale B A written into the attention weights."""
-    for site in base.sites:
-        for role, path in site.attention.items():
-            key = f"layers.{site.layer}.attention.{role}"
+    for layer in range(len(base.sites)):
+        for role in "qkvo":
+            key = f"layers.{layer}.attention.{role}"
             if f"{key}.A" in tree:
-                base.model.get_submodule(path).weight.data += scale * tree[f"{key}.B"] @ tree[f"{key}.A"]
+                linear = base.model.get_submodule(f"model.layers.{layer}.self_attn.{role}_proj")
+                linear.weight.data += scale * tree[f"{key}.B"] @ tree[f"{key}.A"]
     return base
 
 

@@ -28,4 +28,4 @@ def test_a_client_that_never_trained_answers_with_its_start(start):
     run = start("local")
     method, client = run.session.method, run.session._open_client("cy")
     answers = method.answer(method, client, method.pack(method, run.session.server, "cy"))
-    assert equal(answers["personal"].tree, run.session.model.fresh_attention(0))
+    assert equal(answers["personal"].tree, run.session.model.fresh_adapters(0))

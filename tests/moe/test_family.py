@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedgraft.moe.family import PROVEN, Expert, family_of, general_sites
+from fedgraft.moe.expert import fused_expert, gated
+from fedgraft.moe.family import family_of, general_sites
+from tests.conftest import PROVEN
 
 H, E = 32, 8
 OTHERS = {  # transposed, interleaved, biased and clamped; shared experts and a dense first layer; no shared expert
@@ -58,7 +60,7 @@ def test_clamped_activation_is_the_blocks_own(tiny_base):
     base = tiny_base("gpt_oss", **OTHERS["gpt_oss"])
     x = 100 * torch.randn(24, H)  # far beyond the clamp
     expert = base.family.expert(base.sites[0], 3)
-    assert expert.split(torch.nn.functional.linear(x, expert.fused, expert.fused_bias))[0].abs().max() > CLAMP
+    assert expert.project(x)[0].abs().max() > CLAMP
     with torch.no_grad():
         torch.testing.assert_close(expert(x), own_path(base.sites[0].experts, x, 3), rtol=1e-5, atol=1e-4)
 
@@ -70,9 +72,8 @@ def test_projections_alone_rebuild_the_expert(tiny_base, family):
     expert, x = base.family.expert(base.sites[-1], 5), torch.randn(24, H)
     parts = expert.projections()
     assert {name: tuple(weight.shape) for name, weight in parts.items()} == {"gate": (16, H), "up": (16, H), "down": (H, 16)}
-    gate_bias, up_bias = (None, None) if expert.fused_bias is None else expert.split(expert.fused_bias)
     linear = torch.nn.functional.linear
-    hidden = expert.activate(linear(x, parts["gate"], gate_bias), linear(x, parts["up"], up_bias))
+    hidden = expert.activate(linear(x, parts["gate"], expert.gate_bias), linear(x, parts["up"], expert.up_bias))
     torch.testing.assert_close(linear(hidden, parts["down"], expert.down_bias), expert(x), rtol=1e-5, atol=1e-5)
 
 
@@ -81,7 +82,7 @@ def test_projections_are_views_of_the_fused_parameters(tiny_base, family):
     base = tiny_base(family, **OTHERS.get(family, {}))
     site = base.sites[0]
     expert = base.family.expert(site, 2)
-    storages = {part.untyped_storage().data_ptr() for part in (*expert.projections().values(), expert.fused, expert.down)}
+    storages = {part.untyped_storage().data_ptr() for part in expert.projections().values()}
     assert storages == {site.experts.gate_up_proj.untyped_storage().data_ptr(), site.experts.down_proj.untyped_storage().data_ptr()}
     before = {name: weight.clone() for name, weight in expert.projections().items()}
     with torch.no_grad():
@@ -97,9 +98,10 @@ def test_sites_name_layers_and_modules(tiny_base, family):
     for site in base.sites:
         assert base.model.get_submodule(site.path) is site.experts
         prefix = f"model.layers.{site.layer}.self_attn"
-        assert site.attention == {role: f"{prefix}.{role}_proj" for role in "qkvo"}
-        assert all(isinstance(base.model.get_submodule(path), nn.Linear) for path in site.attention.values())
-        assert (site.shared is None) == (family != "qwen2_moe")
+        attention = {part.name: part.path for part in base.projections if (part.layer, part.place) == (site.layer, "attention")}
+        assert attention == {role: f"{prefix}.{role}_proj" for role in "qkvo"}
+        assert len(site.shared) == (family == "qwen2_moe")
+        assert (site.num_experts, site.width, site.inputs_width, site.top_k) == (E, 16, H, 2)
 
 
 def test_dense_layers_keep_their_number(tiny_base):
@@ -111,8 +113,8 @@ def test_router_row_and_scores_are_what_the_router_uses(tiny_base, family):
     base = tiny_base(family)
     site, x = base.sites[1], torch.randn(24, H)
     with torch.no_grad():
-        logits, _, chosen = site.router(x)
-        scores = base.family.scores(site, x)
+        logits, weights, chosen = site.router(x)
+        scores = base.family.scores(site, x, chosen, weights)
     torch.testing.assert_close(base.family.router_row(site, 6) @ x.T, logits[:, 6])
     torch.testing.assert_close(scores, logits.softmax(-1))
     assert torch.equal(scores.topk(2).indices, chosen)
@@ -123,14 +125,13 @@ def test_scores_include_the_routers_bias(tiny_base):
     site, x = base.sites[0], torch.randn(24, H)
     site.router.bias.data[4] = 50.0
     with torch.no_grad():
-        assert torch.equal(base.family.scores(site, x).argmax(-1), torch.full((24,), 4))
+        _, weights, chosen = site.router(x)
+        assert torch.equal(base.family.scores(site, x, chosen, weights).argmax(-1), torch.full((24,), 4))
 
 
 def test_ungated_experts_activate_the_up_projection():
     fused, down, x = torch.randn(5, 3), torch.randn(3, 5), torch.randn(2, 3)
-    expert = Expert(
-        fused=fused, fused_bias=None, down=down, down_bias=None, split=lambda up: (None, up), activate=lambda _, up: torch.relu(up)
-    )
+    expert = fused_expert(fused, down, gated(torch.relu), has_gate=False)
     assert expert.projections().keys() == {"up", "down"}
     torch.testing.assert_close(expert(x), torch.relu(x @ fused.T) @ down.T)
 

@@ -71,7 +71,7 @@ def test_examining_a_hub_name_needs_its_configuration_alone(repository):
         if path.name != "config.json":
             path.unlink()
     plan = examine(ModelSettings(name="some/olmoe", offline=True, device="cpu"))
-    assert (plan.commit, plan.checkpoint, len(plan.sites)) == (COMMIT, None, 2)
+    assert (plan.commit, plan.checkpoint, len(plan.skeleton.sites)) == (COMMIT, None, 2)
     with pytest.raises(ValueError, match="no tokenizer files"):
         load("some/olmoe", offline=True)
 

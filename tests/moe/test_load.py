@@ -113,7 +113,7 @@ def test_too_large_a_model_is_refused_before_its_weights_are_read(olmoe_folder, 
 def test_examining_reads_no_weight(olmoe_folder, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
     plan = examine(ModelSettings(name=str(olmoe_folder), device="cpu"))
-    assert [site.num_experts for site in plan.sites] == [8, 8]
+    assert [site.num_experts for site in plan.skeleton.sites] == [8, 8]
 
 
 def test_one_changed_weight_is_another_base(broken):

@@ -69,8 +69,11 @@ def test_mxfp4_is_unpacked_exactly(mxfp4, dtype):
     base = load(folder, dtype=dtype)
     for site in base.sites:
         expert = base.family.expert(site, 2)
-        assert expert.fused.dtype == getattr(torch, dtype)
-        assert torch.equal(expert.fused.float(), values[f"{site.path}.gate_up_proj"][2].mT)
+        assert expert.gate is not None
+        assert expert.gate.dtype == getattr(torch, dtype)
+        rows = values[f"{site.path}.gate_up_proj"][2].mT  # gate and up rows in turns
+        assert torch.equal(expert.gate.float(), rows[::2])
+        assert torch.equal(expert.up.float(), rows[1::2])
         assert torch.equal(expert.down.float(), values[f"{site.path}.down_proj"][2].mT)
     assert f"packed weights (mxfp4) are unpacked to {dtype}" in base.notes
 
@@ -111,7 +114,7 @@ def test_int8_without_torchao_says_what_to_install(broken, monkeypatch):
 
 @needs_torchao
 def test_int8_is_refused_for_transposed_experts(mxfp4):
-    assert "(GptOssExperts) keeps its weights transposed" in refusal(mxfp4[0], quantise="int8", experts="eager")
+    assert "(GptOssExperts) keeps its weights transposed or in a form of its own" in refusal(mxfp4[0], quantise="int8", experts="eager")
 
 
 def quantised_bytes(parameter: Any) -> int:
@@ -145,11 +148,12 @@ def test_a_graft_is_cut_from_the_dequantised_expert_and_trains(saved):
     expert = base.family.expert(site, 3)
     alone = site.experts(x, torch.full((7, 1), 3), torch.ones(7, 1))
     torch.testing.assert_close(expert(x), alone, rtol=1e-5, atol=1e-5)
-    assert torch.equal(expert.fused, plain(site.experts.gate_up_proj)[3])
+    assert expert.gate is not None
+    assert torch.equal(torch.cat([expert.gate, expert.up]), plain(site.experts.gate_up_proj)[3])
 
     model = GraftedModel(base, LoraSettings(rank=2, dropout=0), GraftSettings())
     before, experts = model.frozen_digest(), [[3], [5]]
-    tree = {key: leaf.requires_grad_() for key, leaf in (model.fresh_side(experts, 1) | model.fresh_attention(1)).items()}
+    tree = {key: leaf.requires_grad_() for key, leaf in (model.fresh_side(experts, 1) | model.fresh_adapters(1)).items()}
     optimizer = torch.optim.SGD(tree.values(), lr=0.5)
     losses = []
     for _ in range(3):

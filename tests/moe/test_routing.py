@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedgraft.moe.family import PROVEN
 from fedgraft.moe.load import probe
-from fedgraft.moe.routing import Routed, arguments, normalised, watching
+from fedgraft.moe.routing import normalised, watching
+from fedgraft.moe.site import Routed, contract_inputs, contract_routing
+from tests.conftest import PROVEN
 
 
 def seen_in(base, ids, sites=None) -> list[tuple[int, Routed]]:
@@ -57,7 +58,8 @@ def test_sees_the_output_before_hooks_of_others(tiny_base):
 def test_arguments_by_position_and_by_name():
     x, index, weight = torch.randn(2, 3, 4), torch.zeros(6, 2, dtype=torch.long), torch.rand(6, 2)
     for args, kwargs in [((x, index, weight), {}), ((x,), {"top_k_weights": weight, "top_k_index": index})]:
-        flat, got_index, got_weight = arguments(args, kwargs)
+        call = (args, kwargs)
+        flat, (got_index, got_weight) = contract_inputs(call), contract_routing(None, call)
         assert torch.equal(flat, x.reshape(6, 4))
         assert got_index is index
         assert got_weight is weight

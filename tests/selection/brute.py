@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedgraft.moe.family import Site
 from fedgraft.moe.load import Base
+from fedgraft.moe.site import Site
 
 Answer = tuple[Tensor, Tensor, Tensor]  # logits [T, E], weights [T, k], experts [T, k]
 

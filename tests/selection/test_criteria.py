@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fedgraft import plugins
-from fedgraft.moe.family import PROVEN
 from fedgraft.selection.choose import choose
 from fedgraft.selection.profile import Profile, measure
+from tests.conftest import PROVEN
 from tests.selection import brute
 from tests.selection.brute import rows
 
@@ -137,8 +137,9 @@ def saturate(base, experts: list[int]) -> None:
         decoder = base.model.model.layers[site.layer]
         decoder.self_attn.o_proj.weight.data[0] = 0
         site.experts.down_proj.data[:, 0] = 0
-        if site.shared is not None:
-            site.shared.down_proj.weight.data[0] = 0
+        for shared in site.shared:
+            if hasattr(shared, "down_proj"):  # else it is the gate of the shared expert
+                shared.down_proj.weight.data[0] = 0
         site.router.weight.data[expert] = 0
         site.router.weight.data[expert, 0] = 1000.0
 

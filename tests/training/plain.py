@@ -39,7 +39,7 @@ def halves(batch: Batch) -> list[Batch]:
 def leaves(model: GraftedModel, seed: int = 1, experts: list[list[int]] | None = None) -> Tree:
     """Attention and side leaves, B included, at a small random distance from fresh ones."""
     rng = torch.Generator().manual_seed(seed)
-    fresh = combine(model.fresh_attention(0), model.fresh_side(experts or EXPERTS, 0))
+    fresh = combine(model.fresh_adapters(0), model.fresh_side(experts or EXPERTS, 0))
     return {key: leaf + 0.05 * torch.randn(leaf.shape, generator=rng) for key, leaf in fresh.items()}
 
 

@@ -98,7 +98,7 @@ def test_calibration_is_the_whole_text_once_in_an_order_of_its_own(make_client):
 def test_fit_runs_this_rounds_batches_with_a_seed_of_its_own(make_client):
     client = make_client()
     client.remember(trees={}, facts={"experts": [[5], [2]]})
-    start = combine(client.model.fresh_attention(0), client.model.fresh_side([[5], [2]], 0))
+    start = combine(client.model.fresh_adapters(0), client.model.fresh_side([[5], [2]], 0))
     found = client.fit(start, round_number=3, lr=1e-3)
     seed = seeds.derive(0, "fit", 3, "ada")
     expected = fit(client.model, start, client.batches(3), client.training, lr=1e-3, seed=seed, experts=[[5], [2]])
@@ -109,7 +109,7 @@ def test_fit_runs_this_rounds_batches_with_a_seed_of_its_own(make_client):
 def test_not_finite_names_client_and_round_and_leaves_the_memory(make_client):
     client = make_client()
     client.memory = memory = Bundle(trees={"personal": {}}, facts={"experts": []})
-    start = client.model.fresh_attention(0)
+    start = client.model.fresh_adapters(0)
     start["layers.0.attention.q.B"].fill_(math.inf)
     with pytest.raises(NotFiniteError, match=r"client 'ada', round 7: the loss became"):
         client.fit(start, round_number=7, lr=1e-3)
@@ -132,7 +132,7 @@ def test_remember_replaces_what_is_named(make_client):
 def test_plain_rule_hands_on_kept_moments(make_client):
     """Two rounds through the memory equal two calls that pass AdamW's state by hand."""
     client = make_client(optimizer_state="kept")
-    start = client.model.fresh_attention(0)
+    start = client.model.fresh_adapters(0)
     first = plain_rule(client, start, 0, 1e-3)
     client.remember(trees={f"moments.{name}": tree for name, tree in first.moments.items()})
     found = plain_rule(client, first.tree, 1, 1e-3)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fedgraft.bundle import Bundle
-from fedgraft.moe.family import PROVEN
 from fedgraft.training.fit import NotFiniteError, fit
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.tree import clone, digest, equal, partition
+from tests.conftest import PROVEN
 from tests.training import plain
 from tests.training.plain import EXPERTS, LR, batches, halves, leaves
 

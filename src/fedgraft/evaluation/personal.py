@@ -100,9 +100,7 @@ def generate(client: Client, model: Prediction, examples: Sequence[Example], set
                 ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
                 mask[row, width - len(prompts[index]) :] = 1
             with autocast(client.training.precision, base.device):
-                output: Any = base.model.generate(  # type: ignore[operator]
-                    ids.to(base.device), attention_mask=mask.to(base.device), **options
-                )
+                output: Any = base.model.generate(ids.to(base.device), attention_mask=mask.to(base.device), **options)
             for row, index in enumerate(chosen):
                 answers[index] = str(base.tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
     return answers

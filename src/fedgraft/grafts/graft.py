@@ -7,8 +7,11 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from fedgraft.grafts.lora import AttentionLora, LoraSettings
+from fedgraft.grafts.expert_lora import ExpertPairs, expert_shapes
+from fedgraft.grafts.lora import LoraSettings, LowRank, Shapes, fresh_pairs, low_rank_shapes
+from fedgraft.grafts.router import RouterRows, router_shapes
 from fedgraft.grafts.side_expert import GraftSettings, SideExperts
+from fedgraft.moe.family import Anatomy
 from fedgraft.moe.load import Base
 from fedgraft.moe.weights import compute_device, plain, stored
 from fedgraft.tree import Tree, digest
@@ -18,7 +21,7 @@ Experts = list[list[int]]
 
 
 class GraftedModel:
-    """A base model with places for attention LoRA and side experts. One tree is in use at a time; not thread-safe."""
+    """A base model with places for adapters and side experts. One tree is in use at a time; not thread-safe."""
 
     def __init__(self, base: Base, lora: LoraSettings, graft: GraftSettings) -> None:
         """Inject the adapters and register the hooks.
@@ -29,13 +32,22 @@ class GraftedModel:
         self.base, self.lora_settings, self.graft_settings = base, lora, graft
         self._frozen = dict(base.model.named_parameters())
         self._holders = {name: base.model.get_submodule(name.rpartition(".")[0]) for name in self._frozen}
-        self._devices = {f"layers.{site.layer}": compute_device(site.experts) for site in base.sites}
-        self._attention = AttentionLora(base, lora)
+        linears = [(projection.layer, base.model.get_submodule(projection.path)) for projection in base.projections]
+        parts = [*linears, *((site.layer, site.experts) for site in base.sites)]  # a decoder layer lies on one device
+        self._devices = {f"layers.{layer}": compute_device(part) for layer, part in parts}
+        self._pairs: Shapes = low_rank_shapes(base, lora)
+        self._adapters: list[LowRank | RouterRows | ExpertPairs] = [LowRank(base, lora)]
+        self._router = RouterRows(base) if "router" in lora.targets else None
+        if self._router is not None:
+            self._adapters.append(self._router)
+        if "experts" in lora.targets:
+            self._pairs |= expert_shapes(base, lora)
+            self._adapters.append(ExpertPairs(base, lora))
         self._side = SideExperts(base, graft, lora)
 
-    def fresh_attention(self, seed: int) -> Tree:
-        """New attention LoRA leaves on the CPU, the same on every site for the same seed."""
-        return self._attention.fresh(seed)
+    def fresh_adapters(self, seed: int) -> Tree:
+        """New leaves of everything in `lora.targets`, on the CPU, the same on every site for the same seed."""
+        return fresh_pairs(self._pairs, seed) | (self._router.fresh() if self._router is not None else {})
 
     def fresh_side(self, experts: Experts, seed: int) -> Tree:
         """New leaves of the grafted experts and their gates, on the CPU."""
@@ -57,14 +69,27 @@ class GraftedModel:
         """
         tree = self.placed(tree)
         try:
-            unknown = tree.keys() - (self._attention.put(tree) | self._side.put(tree, experts))
+            used = self._side.put(tree, experts).union(*(adapter.put(tree) for adapter in self._adapters))
+            unknown = tree.keys() - used
             if unknown:
                 raise ValueError(f"leaf {min(unknown)!r} has no place in this model with its experts and LoRA targets")
             yield
         finally:
-            self._attention.put({})
+            for adapter in self._adapters:
+                adapter.put({})
             self._side.put({}, [])
 
     def frozen_digest(self) -> str:
         """Digest over every pretrained parameter, to show that none has changed."""
         return digest({name: plain(stored(module, name.rpartition(".")[2])).detach() for name, module in self._holders.items()})
+
+
+def adapter_shapes(anatomy: Anatomy, lora: LoraSettings) -> Shapes:
+    """Shapes of the leaves of everything in `lora.targets`; needs no weights, so the meta device will do.
+
+    Raises:
+        ValueError: a LoRA target does not exist.
+    """
+    shapes = low_rank_shapes(anatomy, lora)
+    shapes |= router_shapes(anatomy) if "router" in lora.targets else {}
+    return shapes | (expert_shapes(anatomy, lora) if "experts" in lora.targets else {})

@@ -1,22 +1,28 @@
-"""LoRA on the attention projections, through PEFT, with the factors kept outside the model as leaves of a tree."""
+"""LoRA on linear layers of the base, through PEFT, with the factors kept outside the model as leaves of a tree; and on single experts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from fedgraft import address, seeds
-from fedgraft.moe.load import Base
+from fedgraft.moe.expert import Expert
+from fedgraft.moe.family import Anatomy
+from fedgraft.moe.projections import Projection
 from fedgraft.settings import Section
 from fedgraft.tree import Tree
 
 ADAPTER = "fedgraft"
+Target: TypeAlias = Literal["q", "k", "v", "o", "mixer", "shared", "linear", "router", "experts"]
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+"""Leaf address -> shape."""
 
 
 class LoraSettings(Section):
@@ -28,74 +34,120 @@ class LoraSettings(Section):
     """Scale; the product is multiplied by alpha / rank."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout on the input of A while training."""
-    targets: tuple[Literal["q", "k", "v", "o"], ...] = ("q", "k", "v")
-    """Attention projections by role."""
+    targets: tuple[Target, ...] = Field(default=("q", "k", "v"), min_length=1)
+    """What is adapted in every decoder layer. Attention projections by role, whatever the model calls them: `q`, `k`, `v`, `o` (one
+    that serves several roles, as in fused or low-rank attention, is adapted once any of them is named). `mixer`: state-space, linear
+    attention and convolution layers; `shared`: shared experts; `linear`: all linear layers but router and head. `router`: its
+    rows, trained in full; `experts`: every routed expert."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where one pair of factors is put while a tree is in use."""
+class LowRank:
+    """PEFT's LoRA layers around the chosen linear layers, empty until leaves are put in."""
 
-    key_a: str
-    key_b: str
-    module: Any
-
-
-class AttentionLora:
-    """PEFT's LoRA layers around the attention projections of every MoE layer, empty until leaves are put in."""
-
-    def __init__(self, base: Base, settings: LoraSettings) -> None:
+    def __init__(self, anatomy: Anatomy, settings: LoraSettings) -> None:
         """Inject the layers.
 
         Raises:
-            ValueError: a projection named in `lora.targets` does not exist in the model.
+            ValueError: a name in `lora.targets` matches nothing in the model.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
-        self.settings = settings
-        places = {}
-        for site in base.sites:
-            for role in settings.targets:
-                if role not in site.attention:
-                    raise ValueError(f"lora.targets: layer {site.layer} has no {role!r} projection; it has {sorted(site.attention)}")
-                places[site.attention[role]] = (site.layer, role)
+        chosen = chosen_projections(anatomy, settings.targets)
+        self.slots: list[tuple[str, Any]] = []
+        if not chosen:
+            return
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it by r and takes fractions
             lora_dropout=settings.dropout,
-            target_modules=list(places),
+            target_modules=[projection.path for projection in chosen],
         )
-        inject_adapter_in_model(config, base.model, ADAPTER, low_cpu_mem_usage=True)
-        base.model.eval()  # the injected dropout starts in train mode
-        self.slots = []
-        for path, (layer, role) in places.items():
-            module = base.model.get_submodule(path)
-            self.slots.append(Slot(address.attention(layer, role, "A"), address.attention(layer, role, "B"), module))
+        inject_adapter_in_model(config, anatomy.model, ADAPTER, low_cpu_mem_usage=True)
+        anatomy.model.eval()  # the injected dropout starts in train mode
+        self.slots = [(_head(projection), anatomy.model.get_submodule(projection.path)) for projection in chosen]
         self.put({})
 
     def put(self, tree: Mapping[str, Tensor]) -> set[str]:
         """Use the factors of `tree` and return their addresses; a pair that it lacks is switched off. Pointer work, nothing is copied."""
         used = set()
-        for slot in self.slots:
-            factor_a = tree.get(slot.key_a)
-            slot.module._disable_adapters = factor_a is None
+        for head, module in self.slots:
+            factor_a = tree.get(f"{head}.A")
+            module._disable_adapters = factor_a is None
             if factor_a is not None:
-                slot.module.lora_A[ADAPTER]._parameters["weight"] = factor_a
-                slot.module.lora_B[ADAPTER]._parameters["weight"] = tree[slot.key_b]
-                used |= {slot.key_a, slot.key_b}
+                module.lora_A[ADAPTER]._parameters["weight"] = factor_a
+                module.lora_B[ADAPTER]._parameters["weight"] = tree[f"{head}.B"]
+                used |= {f"{head}.A", f"{head}.B"}
         return used
 
-    def fresh(self, seed: int) -> Tree:
-        """New factors: A uniform as in PEFT (Kaiming with a = sqrt(5)), B zero; a function of seed and address alone."""
-        tree: Tree = {}
-        for slot in self.slots:
-            linear = slot.module.base_layer
-            tree |= fresh_pair(slot.key_a, slot.key_b, self.settings.rank, linear.in_features, linear.out_features, seed)
-        return tree
+
+def chosen_projections(anatomy: Anatomy, targets: Sequence[Target]) -> list[Projection]:
+    """The linear layers that `targets` name, in the order of the model.
+
+    Raises:
+        ValueError: one of the names matches nothing; names what there is.
+    """
+    linear = set(targets) - {"router", "experts"}
+    tags = {projection.path: {*projection.roles, projection.place, "linear"} for projection in anatomy.projections}
+    known = set().union(*tags.values())
+    for missing in sorted(linear - known):
+        there = ", ".join(sorted(known - {"attention"}))
+        raise ValueError(f"lora.targets: this model has no {missing!r} layer that can be adapted; it has {there}")
+    return [projection for projection in anatomy.projections if tags[projection.path] & linear]
 
 
-def fresh_pair(key_a: str, key_b: str, rank: int, inputs: int, outputs: int, seed: int) -> Tree:
-    """A [rank, inputs] ~ U(-1/sqrt(inputs), 1/sqrt(inputs)), B [outputs, rank] = 0, both fp32."""
-    bound = 1 / math.sqrt(inputs)
-    draw = torch.rand(rank, inputs, generator=seeds.torch_rng(seed, "leaf", key_a))
-    return {key_a: (2 * draw - 1) * bound, key_b: torch.zeros(outputs, rank)}
+def low_rank_shapes(anatomy: Anatomy, settings: LoraSettings) -> Shapes:
+    """Shapes of the pairs on the chosen linear layers.
+
+    Raises:
+        ValueError: as `chosen_projections`.
+    """
+    shapes: Shapes = {}
+    for projection in chosen_projections(anatomy, settings.targets):
+        shapes |= pair_shapes(_head(projection), settings.rank, projection.inputs, projection.outputs)
+    return shapes
+
+
+def pair_shapes(head: str, rank: int, inputs: int, outputs: int) -> Shapes:
+    """A [rank, inputs] and B [outputs, rank] under one head."""
+    return {f"{head}.A": (rank, inputs), f"{head}.B": (outputs, rank)}
+
+
+def fresh_pairs(shapes: Shapes, seed: int) -> Tree:
+    """New factors, fp32: A ~ U(-1/sqrt(in), 1/sqrt(in)) as in PEFT (Kaiming with a = sqrt(5)), B = 0; each from seed and address."""
+    tree: Tree = {}
+    for key, shape in shapes.items():
+        if key.endswith(".A"):
+            bound = 1 / math.sqrt(shape[1])
+            tree[key] = (2 * torch.rand(*shape, generator=seeds.torch_rng(seed, "leaf", key)) - 1) * bound
+        else:
+            tree[key] = torch.zeros(*shape)
+    return tree
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The low-rank pairs of one expert in use, and how they are applied."""
+
+    leaves: Mapping[str, Tensor]
+    """`gate.A`, `gate.B`, `up.A`, ..."""
+    settings: LoraSettings
+
+    def run(self, source: Expert, x: Tensor, training: bool) -> Tensor:
+        """Output [T, H] of an expert whose projections carry low-rank terms, for x [T, H]."""
+        gate, up = source.project(x)
+        dropped = F.dropout(x, self.settings.dropout, training)
+        if gate is not None:
+            gate = gate + self._term("gate", dropped).to(gate.dtype)
+        up = up + self._term("up", dropped).to(up.dtype)
+        hidden = source.activate(gate, up)
+        down = F.linear(hidden, source.down, source.down_bias)
+        return down + self._term("down", F.dropout(hidden, self.settings.dropout, training)).to(down.dtype)
+
+    def _term(self, name: str, x: Tensor) -> Tensor:
+        factor_a, factor_b = self.leaves[f"{name}.A"], self.leaves[f"{name}.B"]
+        scale = self.settings.alpha / factor_a.shape[0]
+        return F.linear(F.linear(x.to(factor_a.dtype), factor_a), factor_b) * scale
+
+
+def _head(projection: Projection) -> str:
+    return address.projection(projection.layer, projection.place, projection.name)

@@ -1,6 +1,6 @@
 """The graft of FLEx: whole experts beside the frozen ones, each behind its own learned gate (arXiv 2506.00965).
 
-Faithful form: y = R(x) + sum_j sigmoid(g_j . x) E_gj(x), added where the routed experts' output leaves the experts module.
+Faithful form: y = R(x) + sum_j sigmoid(g_j . x) E_gj(x), added where the routed experts' output leaves their module.
 Output-preserving form: E_gj(x) - E_ej(x) in place of E_gj(x), which is the base model at step 0. The frozen weights of a graft alias its
 source expert; only the leaves are new memory.
 """
@@ -17,10 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedgraft import address
-from fedgraft.grafts.lora import LoraSettings, fresh_pair
-from fedgraft.moe.family import Expert
-from fedgraft.moe.load import Base
-from fedgraft.moe.routing import arguments
+from fedgraft.grafts.lora import LoraSettings, Pairs, Shapes, fresh_pairs, pair_shapes
+from fedgraft.moe.expert import Expert
+from fedgraft.moe.family import Anatomy
+from fedgraft.moe.site import Site, add_to_output
 from fedgraft.settings import Section
 from fedgraft.tree import Tree
 
@@ -52,27 +52,27 @@ class Side:
 
 
 class SideExperts:
-    """The hooks on every experts module; without leaves in use they return the routed output untouched."""
+    """The hooks on every MoE layer; without leaves in use they return the routed output untouched."""
 
-    def __init__(self, base: Base, graft: GraftSettings, lora: LoraSettings) -> None:
-        self.base, self.graft, self.lora = base, graft, lora
+    def __init__(self, anatomy: Anatomy, graft: GraftSettings, lora: LoraSettings) -> None:
+        self.anatomy, self.graft, self.lora = anatomy, graft, lora
         self._active: dict[int, list[Side]] = {}
-        for site in base.sites:
-            site.experts.register_forward_hook(self._hook(site.layer), with_kwargs=True)
+        for site in anatomy.sites:
+            site.hooked.register_forward_hook(self._hook(site), with_kwargs=True)
 
     def put(self, tree: Mapping[str, Tensor], experts: list[list[int]]) -> set[str]:
         """Use the side leaves of `tree` and return their addresses; `experts` [L][r] names the source of every graft. Pointer work only."""
         self._active = {}
         used = set()
-        for site, chosen in zip(self.base.sites, experts, strict=False):
+        for site, chosen in zip(self.anatomy.sites, experts, strict=False):
             sides = []
             for number, expert in enumerate(chosen):
                 key, bias = (address.side_mix(site.layer, number, part) for part in ("weight", "bias"))
                 if key not in tree:
                     continue
-                head = f"layers.{site.layer}.side.{number}.expert."
+                head = address.side_expert(site.layer, number, "")
                 leaves = {name.removeprefix(head): leaf for name, leaf in tree.items() if name.startswith(head)}
-                source = self.base.family.expert(site, expert)
+                source = self.anatomy.family.expert(site, expert)
                 sides.append(Side(source=source, leaves=leaves, gate=tree[key], bias=tree.get(bias)))
                 used |= {key, *([bias] if bias in tree else []), *(head + name for name in leaves)}
             if sides:
@@ -80,64 +80,76 @@ class SideExperts:
         return used
 
     def fresh(self, experts: list[list[int]], seed: int) -> Tree:
-        """New leaves for the chosen source experts [L][r], fp32 on the CPU: LoRA with B = 0 or exact copies, and the gates."""
-        tree: Tree = {}
-        for site, chosen in zip(self.base.sites, experts, strict=True):
+        """New leaves for the chosen source experts [L][r], fp32 on the CPU: LoRA with B = 0 or exact copies, and the gates.
+
+        Raises:
+            ValueError: `gate_start` is `router_row` and the router has no row for the experts' inputs.
+        """
+        family, tree = self.anatomy.family, Tree()
+        for site, chosen in zip(self.anatomy.sites, experts, strict=True):
             for number, expert in enumerate(chosen):
-                for name, weight in self.base.family.expert(site, expert).projections().items():
-                    if self.graft.train == "full":
-                        tree[address.side_expert(site.layer, number, name, "weight")] = weight.detach().float().cpu().clone().contiguous()
-                    else:
-                        keys = [address.side_expert(site.layer, number, name, part) for part in ("A", "B")]
-                        tree |= fresh_pair(keys[0], keys[1], self.lora.rank, weight.shape[1], weight.shape[0], seed)
-                row = self.base.family.router_row(site, expert).float().cpu()
-                low = self.graft.gate_start == "low"
-                tree[address.side_mix(site.layer, number, "weight")] = torch.zeros_like(row) if low else row.clone()
-                if low:
+                source = family.expert(site, expert)
+                if self.graft.train == "full":
+                    for name, weight in source.projections().items():
+                        tree[f"{address.side_expert(site.layer, number, name)}.weight"] = weight.float().cpu().clone().contiguous()
+                else:
+                    tree |= fresh_pairs(_pairs(site, number, source, self.lora.rank), seed)
+                if self.graft.gate_start == "low":
+                    tree[address.side_mix(site.layer, number, "weight")] = torch.zeros(site.inputs_width)
                     tree[address.side_mix(site.layer, number, "bias")] = torch.tensor(LOW_BIAS)
+                else:
+                    tree[address.side_mix(site.layer, number, "weight")] = family.router_row(site, expert).float().cpu().clone()
         return tree
 
-    def _hook(self, layer: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            sides = self._active.get(layer)
+    def _hook(self, site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            sides = self._active.get(site.layer)
             if not sides:
                 return None
-            x, _, _ = arguments(args, kwargs)
-            result = output
+            x = site.inputs((args, kwargs))
             for side in sides:
-                result = result + self._gated(side, x, module.training).to(output.dtype).view_as(output)
-            return result
+                output = add_to_output(output, self._gated(side, x))
+            return output
 
         return hook
 
-    def _gated(self, side: Side, x: Tensor, training: bool) -> Tensor:
+    def _gated(self, side: Side, x: Tensor) -> Tensor:
         mix = torch.sigmoid(F.linear(x.to(side.gate.dtype), side.gate[None], None if side.bias is None else side.bias[None]))
-        grafted = self._expert(side, x, training)
+        grafted = self._expert(side, x)
         if self.graft.form == "preserving":
             grafted = grafted - side.source(x)
         return mix * grafted
 
-    def _expert(self, side: Side, x: Tensor, training: bool) -> Tensor:
+    def _expert(self, side: Side, x: Tensor) -> Tensor:
         """E_g(x) [T, H]: the source's weights with the leaves' low-rank terms, or the leaves' own weights."""
         source, leaves = side.source, side.leaves
-        if "down.weight" in leaves:
-            gate = F.linear(x, leaves["gate.weight"].to(x.dtype)) if "gate.weight" in leaves else None
-            up = F.linear(x, leaves["up.weight"].to(x.dtype))
-            if source.fused_bias is not None:
-                gate_bias, up_bias = source.split(source.fused_bias)
-                gate, up = (None if gate is None or gate_bias is None else gate + gate_bias), up + up_bias
-            hidden = source.activate(gate, up)
-            return F.linear(hidden, leaves["down.weight"].to(hidden.dtype), source.down_bias)
-        gate, up = source.split(F.linear(x, source.fused, source.fused_bias))
-        dropped = F.dropout(x, self.lora.dropout, training)
-        if gate is not None:
-            gate = gate + self._low_rank(leaves, "gate", dropped).to(gate.dtype)
-        up = up + self._low_rank(leaves, "up", dropped).to(up.dtype)
+        if "down.weight" not in leaves:
+            return Pairs(leaves, self.lora).run(source, x, self.anatomy.model.training)
+        gate = F.linear(x, leaves["gate.weight"].to(x.dtype), source.gate_bias) if "gate.weight" in leaves else None
+        up = F.linear(x, leaves["up.weight"].to(x.dtype), source.up_bias)
         hidden = source.activate(gate, up)
-        down = F.linear(hidden, source.down, source.down_bias)
-        return down + self._low_rank(leaves, "down", F.dropout(hidden, self.lora.dropout, training)).to(down.dtype)
+        return F.linear(hidden, leaves["down.weight"].to(hidden.dtype), source.down_bias)
 
-    def _low_rank(self, leaves: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-        factor_a, factor_b = leaves[f"{name}.A"], leaves[f"{name}.B"]
-        scale = self.lora.alpha / factor_a.shape[0]
-        return F.linear(F.linear(x.to(factor_a.dtype), factor_a), factor_b) * scale
+
+def side_shapes(anatomy: Anatomy, graft: GraftSettings, lora: LoraSettings) -> Shapes:
+    """Shapes of a client's graft leaves, which are the same whatever experts it chooses."""
+    shapes: Shapes = {}
+    for site in anatomy.sites:
+        source = anatomy.family.expert(site, 0)
+        for number in range(graft.per_layer):
+            if graft.train == "full":
+                for name, weight in source.projections().items():
+                    shapes[f"{address.side_expert(site.layer, number, name)}.weight"] = tuple(weight.shape)
+            else:
+                shapes |= _pairs(site, number, source, lora.rank)
+            shapes[address.side_mix(site.layer, number, "weight")] = (site.inputs_width,)
+            if graft.gate_start == "low":
+                shapes[address.side_mix(site.layer, number, "bias")] = ()
+    return shapes
+
+
+def _pairs(site: Site, number: int, source: Expert, rank: int) -> Shapes:
+    shapes: Shapes = {}
+    for name, weight in source.projections().items():
+        shapes |= pair_shapes(address.side_expert(site.layer, number, name), rank, weight.shape[1], weight.shape[0])
+    return shapes

@@ -7,4 +7,4 @@ from fedgraft.methods.method import Method, side_only
 
 def build() -> Method:
     """Side experts and their gates stay on the client; the rest is FedAvg."""
-    return Method(places=frozenset({"attention", "side"}), personal=side_only)
+    return Method(places=frozenset({"adapters", "side"}), personal=side_only)

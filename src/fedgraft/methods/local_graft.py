@@ -8,4 +8,4 @@ from fedgraft.methods.method import Method
 
 def build() -> Method:
     """Attention LoRA, side experts and gates, all personal."""
-    return Method(places=frozenset({"attention", "side"}), personal=everything)
+    return Method(places=frozenset({"adapters", "side"}), personal=everything)

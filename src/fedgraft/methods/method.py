@@ -33,7 +33,7 @@ class Prediction:
 
 def open_run(method: Method, server: Server, ask: Ask) -> None:
     """First state: fresh shared leaves; a method with side experts has every client choose and grow its own."""
-    shared, _ = partition(server.fresh_shared() if "attention" in method.places else {}, lambda key: not method.personal(key))
+    shared, _ = partition(server.fresh_shared() if "adapters" in method.places else {}, lambda key: not method.personal(key))
     server.state = Bundle(trees={"shared": shared})
     if "side" in method.places:
         for _ in ask("graft", {client: server.package() for client in server.clients}):
@@ -83,8 +83,8 @@ def personal_leaves(method: Method, client: Client) -> Tree:
     if "personal" in client.memory.trees:
         return client.memory.tree("personal")
     fresh: Tree = {}
-    if "attention" in method.places:
-        fresh |= client.model.fresh_attention(client.seed)
+    if "adapters" in method.places:
+        fresh |= client.model.fresh_adapters(client.seed)
     if "side" in method.places:
         fresh |= client.model.fresh_side(client.experts, client.seed)
     return partition(fresh, method.personal)[0]
@@ -137,7 +137,7 @@ ClientHalf: TypeAlias = Callable[["Method", Client, Bundle], Bundle]
 class Method:
     """A federated method; the defaults are FedAvg on the attention LoRA."""
 
-    places: frozenset[str] = frozenset({"attention"})
+    places: frozenset[str] = frozenset({"adapters"})
     """Where it has leaves: `attention`, `side`."""
     personal: Predicate = nothing
     """Leaves that never leave the client."""

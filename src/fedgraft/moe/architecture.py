@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from fedgraft.moe.family import Site, family_of
+from fedgraft.moe.family import Anatomy, anatomy_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,8 +31,8 @@ class Architecture:
     key_mapping: dict[str, str] = field(default_factory=dict)
     """Checkpoint names -> names of the text model, where transformers does not map them itself."""
 
-    def skeleton(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[Site]]:
-        """The model without memory (meta device), and its MoE layers.
+    def skeleton(self, dtype: torch.dtype = torch.float32) -> Anatomy:
+        """The model without memory (meta device): its MoE layers and linear projections.
 
         Raises:
             ValueError: it has no MoE layers, or some that cannot be grafted on.
@@ -42,7 +41,7 @@ class Architecture:
 
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(self.config, dtype=dtype, trust_remote_code=False)
-        return model, family_of(str(self.config.model_type)).sites(model)
+        return anatomy_of(model)
 
 
 def read_architecture(name: str, folder: Path) -> Architecture:

@@ -1,31 +1,68 @@
-"""Which MoE architectures of the installed transformers the general rule covers, read from its source files without importing them."""
+"""Which MoE architectures of the installed transformers are supported, read from source files without importing any of them."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 from fedgraft import plugins
-from fedgraft.moe.family import PROVEN
+
+CONTRACT = "use_experts_implementation"
+UNSUPPORTED = "Not supported: "
+"""How the docstring of a family's file begins when it is there to say why not."""
+CLASS = re.compile(r"^class (\w+)\(", re.MULTILINE)
 
 
 def families() -> list[dict[str, Any]]:
-    """Name, supported and reason of every architecture whose experts follow the contract; supported means: proven by the test suite."""
+    """Name, supported and reason of every architecture (`model_type`) that follows the experts contract or has a file of its own.
+
+    Architectures without a causal language model are listed too, as not supported.
+    """
+    models = _models_folder()
+    sources = {path.parent.name: text for path in sorted(models.glob("*/modeling_*.py")) if CONTRACT in (text := path.read_text("utf-8"))}
+    places = {name: folder for folder, text in sources.items() for name in CLASS.findall(text)}
+    causal = _causal_classes(models)
+    own = plugins.names("family")
+    names = {name for name, architecture in causal.items() if architecture in places or _own_file(name, own)}
+    rows = [_row(name, own) for name in names]
+    without = sources.keys() - {places[causal[name]] for name in names if causal[name] in places}
+    rows += [
+        {"name": folder, "supported": False, "reason": "transformers has no causal language model of this architecture"}
+        for folder in without
+    ]
+    return sorted(rows, key=lambda row: str(row["name"]))
+
+
+def _row(name: str, own: list[str]) -> dict[str, Any]:
+    file = _own_file(name, own)
+    if file is None:
+        return {"name": name, "supported": True, "reason": "follows the experts contract of transformers"}
+    line = plugins.first_line("family", file)
+    return {"name": name, "supported": not line.startswith(UNSUPPORTED), "reason": line.removeprefix(UNSUPPORTED)}
+
+
+def _own_file(name: str, own: list[str]) -> str | None:
+    return next((file for file in (name, name.removesuffix("_text")) if file in own), None)
+
+
+def _models_folder() -> Path:
     spec = importlib.util.find_spec("transformers")
     assert spec is not None
     assert spec.origin is not None
-    own = set(plugins.names("family"))
-    rows = []
-    for path in sorted((Path(spec.origin).parent / "models").glob("*/modeling_*.py")):
-        if "use_experts_implementation" not in path.read_text(encoding="utf-8") or path.stem.startswith(("modeling_tf", "modeling_flax")):
-            continue
-        name = path.stem.removeprefix("modeling_")
-        proven = name in PROVEN or name in own
-        reason = (
-            "extraction, gating and selection proven exact"
-            if proven
-            else "follows the experts contract; not proven here, checked when loaded"
-        )
-        rows.append({"name": name, "supported": proven, "reason": reason})
-    return rows
+    return Path(spec.origin).parent / "models"
+
+
+def _causal_classes(models: Path) -> dict[str, str]:
+    """model_type -> class of its causal language model, from transformers' own table."""
+    tree = ast.parse((models / "auto" / "modeling_auto.py").read_text("utf-8"))
+    for node in tree.body:
+        if (
+            isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+            and isinstance(node.value, ast.Call)
+        ):
+            return {name: str(found) for name, found in ast.literal_eval(node.value.args[0])}
+    return {}

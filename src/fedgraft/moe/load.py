@@ -15,27 +15,25 @@ from torch import Tensor, nn
 
 from fedgraft.moe.architecture import Architecture, stray_text_weights
 from fedgraft.moe.checkpoint import inspect_folder
-from fedgraft.moe.family import Family, Site, family_of
+from fedgraft.moe.family import Anatomy, Family, anatomy_of
 from fedgraft.moe.hub import hub_weights
 from fedgraft.moe.memory import check_room
 from fedgraft.moe.plan import Plan, examine, file_notes
 from fedgraft.moe.quantise import check_plain, quiet_torchao
 from fedgraft.moe.settings import ModelSettings
-from fedgraft.moe.weights import compute_device, keep_in_memory
+from fedgraft.moe.site import Site
+from fedgraft.moe.weights import compute_device, is_offloaded, keep_in_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
+class Base(Anatomy):
     """A loaded, frozen base model with its MoE layers."""
 
     name: str
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    family: Family
-    sites: list[Site]
     digest: str
     """SHA-256 over configuration, tokenizer and every byte of the weight files (hub: name and commit)."""
     notes: tuple[str, ...] = ()
@@ -92,17 +90,18 @@ def load_base(settings: ModelSettings) -> Base:
 def prepare(name: str, model: Any, tokenizer: Any, digest: str, notes: tuple[str, ...] = ()) -> Base:
     """A `Base` from a live model and tokenizer: frozen, its MoE layers found and probed."""
     model.requires_grad_(False).eval()
-    family = family_of(model.config.model_type)
-    sites = family.sites(model)
-    for site in sites:
+    anatomy = anatomy_of(model)
+    for site in anatomy.sites:
         keep_in_memory(site.router)  # small, and read between forwards too
-    base = Base(name=name, model=model, tokenizer=tokenizer, family=family, sites=sites, digest=digest, notes=notes)
-    probe(model, sites, base.device)
+        if is_offloaded(site.experts) and anatomy.family.expert is not Family.expert:
+            raise ValueError(f"{site.path}: experts of {model.config.model_type} cannot be offloaded; raise model.max_memory")
+    base = Base(name=name, tokenizer=tokenizer, digest=digest, notes=notes, **vars(anatomy))
+    probe(model, base.sites, base.device)
     return base
 
 
 def probe(model: nn.Module, sites: list[Site], device: torch.device | str = "cpu") -> None:
-    """Check that every experts module runs exactly once in a forward; kernels that replace a whole block would bypass the grafts.
+    """Check that every MoE layer runs exactly once in a forward; kernels that replace a whole block would bypass the grafts.
 
     Raises:
         ValueError: a layer ran never or more than once.
@@ -115,7 +114,7 @@ def probe(model: nn.Module, sites: list[Site], device: torch.device | str = "cpu
 
         return hook
 
-    handles = [site.experts.register_forward_hook(counter(site.path)) for site in sites]
+    handles = [site.hooked.register_forward_hook(counter(site.path)) for site in sites]
     try:
         with torch.no_grad():
             model(torch.zeros(1, 2, dtype=torch.long, device=device))

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from torch import nn
 
 from fedgraft.moe.architecture import Architecture, read_architecture
-from fedgraft.moe.family import Site
+from fedgraft.moe.family import Anatomy
 from fedgraft.moe.quantise import expert_parameters, int8_bytes
 from fedgraft.moe.settings import ModelSettings
 
@@ -55,16 +54,16 @@ def weights_needed(source: PreTrainedConfig | str | Path, dtype: str = "float32"
         architecture = read_architecture(str(source), Path(source))
     else:
         architecture = Architecture(config=source, quantisation=None)
-    return needed_by(*architecture.skeleton(getattr(torch, dtype)), quantise)
+    return needed_by(architecture.skeleton(getattr(torch, dtype)), quantise)
 
 
-def needed_by(skeleton: nn.Module, sites: list[Site], quantise: str) -> Needed:
+def needed_by(skeleton: Anatomy, quantise: str) -> Needed:
     """Memory of a model built without any; tied weights count once."""
-    experts = expert_parameters(sites).values()
+    experts = expert_parameters(skeleton.sites).values()
     as_they_are = sum(parameter.numel() * parameter.element_size() for parameter in experts)
     kept = sum(int8_bytes(parameter) for parameter in experts) if quantise == "int8" else as_they_are
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in skeleton.parameters())
-    count = sum(parameter.numel() for parameter in skeleton.parameters())
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in skeleton.model.parameters())
+    count = sum(parameter.numel() for parameter in skeleton.model.parameters())
     return Needed(parameters=count, weights=whole - as_they_are + kept, experts=kept)
 
 

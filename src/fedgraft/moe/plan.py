@@ -13,7 +13,7 @@ import torch
 
 from fedgraft.moe.architecture import Architecture, read_architecture
 from fedgraft.moe.checkpoint import Checkpoint, inspect_folder
-from fedgraft.moe.family import Site
+from fedgraft.moe.family import Anatomy
 from fedgraft.moe.hub import hub_config
 from fedgraft.moe.memory import Needed, Room, gib, needed_by, room_for
 from fedgraft.moe.quantise import check_int8, int8_options, unpack_options
@@ -31,8 +31,8 @@ class Plan:
     architecture: Architecture
     checkpoint: Checkpoint | None
     """The files of a folder."""
-    sites: list[Site]
-    """MoE layers of the model without memory; good for names and shapes."""
+    skeleton: Anatomy
+    """The model without memory; good for names and shapes."""
     needed: Needed
     room: Room
     options: dict[str, Any]
@@ -55,8 +55,8 @@ def examine(settings: ModelSettings) -> Plan:
     folder = hub_config(settings) if local is None else local
     architecture = read_architecture(settings.name, folder)
     try:
-        skeleton, sites = architecture.skeleton(getattr(torch, settings.dtype))
-        needed = needed_by(skeleton, sites, settings.quantise)
+        skeleton = architecture.skeleton(getattr(torch, settings.dtype))
+        needed = needed_by(skeleton, settings.quantise)
         if settings.quantise == "bitsandbytes":
             raise ValueError(
                 f"quantise bitsandbytes: it packs ordinary linear layers only, so the fused experts, {gib(needed.experts)} of "
@@ -64,19 +64,22 @@ def examine(settings: ModelSettings) -> Plan:
             )
         packing = unpack_options(architecture)
         if settings.quantise == "int8":
-            check_int8(sites)
-            packing = packing or int8_options(sites)
+            check_int8(skeleton)
+            packing = packing or int8_options(skeleton.sites)
     except ValueError as error:
         raise ValueError(f"model.name {settings.name!r}: {error}") from error
+    options = settings.options() | {"config": architecture.config, "key_mapping": architecture.key_mapping or None} | packing
+    if not skeleton.model._can_set_experts_implementation():
+        del options["experts_implementation"]
     return Plan(
         folder=folder,
         commit=folder.name if local is None else None,
         architecture=architecture,
         checkpoint=checkpoint,
-        sites=sites,
+        skeleton=skeleton,
         needed=needed,
         room=room_for(settings),
-        options=settings.options() | {"config": architecture.config, "key_mapping": architecture.key_mapping or None} | packing,
+        options=options,
         notes=tuple(_notes(settings, architecture)),
     )
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from fedgraft.moe.architecture import Architecture
 from fedgraft.moe.checkpoint import Checkpoint
-from fedgraft.moe.family import Site
+from fedgraft.moe.family import Anatomy, Family
+from fedgraft.moe.site import Site
 
 UNPACKED = frozenset({"mxfp4"})
 """Packings that transformers unpacks exactly while loading, on any device and without further packages."""
@@ -31,7 +32,7 @@ def int8_bytes(parameter: Any) -> int:
     return count + count // int(parameter.shape[-1]) * int(parameter.element_size())
 
 
-def check_int8(sites: list[Site]) -> None:
+def check_int8(anatomy: Anatomy) -> None:
     """Refuse int8 where torchao or the architecture's expert dispatch does not carry it.
 
     Raises:
@@ -39,11 +40,11 @@ def check_int8(sites: list[Site]) -> None:
     """
     if importlib.util.find_spec("torchao") is None:
         raise ValueError("quantise int8: needs torchao; pip install 'fedgraft[quant]'")
-    for site in sites:
-        if getattr(site.experts, "is_transposed", True):
+    for site in anatomy.sites:
+        if getattr(site.experts, "is_transposed", True) or anatomy.family.expert is not Family.expert:
             raise ValueError(
-                f"quantise int8: {site.path} ({type(site.experts).__name__}) keeps its weights transposed, which torchao's int8 tensors "
-                "do not support; use quantise: none with dtype: bfloat16"
+                f"quantise int8: {site.path} ({type(site.experts).__name__}) keeps its weights transposed or in a form of its own, which "
+                "torchao's int8 tensors do not support; use quantise: none with dtype: bfloat16"
             )
 
 

@@ -38,7 +38,8 @@ class ModelSettings(Section):
     """Folder for layers that fit neither the GPUs nor CPU memory (`device_map` only); they are read from it in every forward."""
     experts: Literal["grouped_mm", "eager", "batched_mm"] = "grouped_mm"
     """transformers' expert dispatch. `batched_mm` copies the chosen experts' weights for every token, so it is refused on a CPU; `eager`
-    loops over the experts, and is the one for quantised experts."""
+    loops over the experts, and is the one for quantised experts. Architectures that run their experts in a way of their own (llama4, dbrx,
+    jetmoe) do so whatever is set here."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation; `auto` is transformers' choice. `flash_attention_2` needs a GPU, a 16-bit `dtype` and the flash-attn
     package."""

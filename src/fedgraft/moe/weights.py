@@ -31,6 +31,11 @@ def part(module: nn.Module, name: str, index: int) -> Tensor:
     return plain(stored(module, name)[index].detach()).to(compute_device(module))
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether parameters of `module` are elsewhere between forwards."""
+    return any(parameter.device.type == "meta" for parameter in module.parameters())
+
+
 def keep_in_memory(module: nn.Module) -> None:
     """Take an offloaded module back to where it computes, for good."""
     from accelerate.hooks import remove_hook_from_module

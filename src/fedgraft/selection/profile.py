@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedgraft.moe.family import Site
 from fedgraft.moe.load import Base
-from fedgraft.moe.routing import Routed, normalised, watching
+from fedgraft.moe.routing import normalised, watching
+from fedgraft.moe.site import Routed, Site
 
 GRAM_BYTES = 2 << 30
 """Most memory that the per-token Gram matrices of a profile may take."""
@@ -154,21 +154,24 @@ class _Meter:
             return (run[number](x[rows]) if stacked is None else stacked[rows, number]).double()
 
         full = _routed(x.shape, index, normalised(weight), output, experts)
+        if site.identity:
+            full += (normalised(weight) * (index >= site.num_experts)).sum(-1, keepdim=True) * x.double()
         scale, full_sq = weight.sum(-1), full.square().sum(-1)  # raw R(x) = scale * normalised R(x)
         square, dot = torch.empty(2, len(x), len(experts), dtype=torch.float64, device=x.device)
         for number in experts:
             out = output(number, slice(None))
             square[:, number] = out.square().sum(-1)
             dot[:, number] = (full * out).sum(-1)
-        chosen = torch.zeros_like(dot).scatter_(1, index, 1.0)
-        mass = torch.zeros_like(dot).scatter_add_(1, index, weight)
+        own = index.clamp(max=site.num_experts)  # whatever stands behind the experts is counted in a column that is dropped
+        columns = torch.zeros(len(x), site.num_experts + 1, dtype=torch.float64, device=x.device)
+        chosen, mass = columns.scatter(1, own, 1.0)[:, :-1], columns.scatter_add(1, own, weight)[:, :-1]
         sums = (square.sum(0), dot.sum(0), (scale[:, None] * dot).sum(0), chosen.sum(0), mass.sum(0))
         self.per_expert[:, layer] += torch.stack(sums).cpu()
         self.full[:, layer] += torch.stack((full_sq.sum(), (scale.square() * full_sq).sum())).cpu()
         if stacked is not None:
             tokens = slice(start, start + len(x))
             outputs = stacked if stacked.dtype == torch.float64 else stacked.float()
-            self.token_scores[layer, tokens] = self.base.family.scores(site, x).float().cpu()
+            self.token_scores[layer, tokens] = self.base.family.scores(site, x, index, weight).float().cpu()
             self.token_dot[layer, tokens] = dot.cpu()
             self.token_gram[layer, tokens] = (outputs @ outputs.mT).float().cpu()
 
