@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from fedgraft.moe.load import Base, load_base
-from fedgraft.moe.memory import Room
+from fedgraft.moe.memory import Room, weights_needed
 from fedgraft.moe.plan import examine
 from fedgraft.moe.settings import ModelSettings
+from tests.families.twins import twin
 from tests.moe.conftest import merged, rewrite, store
 
 IDS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -114,6 +116,27 @@ def test_examining_reads_no_weight(olmoe_folder, monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
     plan = examine(ModelSettings(name=str(olmoe_folder), device="cpu"))
     assert [site.num_experts for site in plan.skeleton.sites] == [8, 8]
+
+
+@pytest.mark.parametrize("projection", ["up_proj", "down_proj"])
+def test_the_last_expert_of_a_projection_is_not_drawn_at_random(broken, projection):
+    name = f"model.layers.0.mlp.experts.7.{projection}.weight"
+    store(broken, {key: tensor for key, tensor in merged(broken).items() if key != name})
+    assert re.search(r"one may be missing or of another shape|model\.layers\.0\.mlp\.experts\.down_proj is \[7", refusal(broken))
+
+
+@pytest.mark.parametrize(
+    "family", ["dbrx", "deepseek_v3", "gemma4_text", "gpt_oss", "jetmoe", "llama4_text", "longcat_flash", "nemotron_h"]
+)
+def test_architectures_of_other_kinds_load_whole_and_take_what_was_announced(tmp_path, tiny_tokenizer, family):
+    model = twin(family)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    base = load(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(base.model), logits(model), rtol=1e-4, atol=1e-4)
+    size = sum(part.numel() * part.element_size() for part in base.model.parameters())
+    assert weights_needed(tmp_path).weights == size
 
 
 def test_one_changed_weight_is_another_base(broken):

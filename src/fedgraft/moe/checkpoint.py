@@ -136,17 +136,15 @@ def _header(shard: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _check_experts(folder: Path, names: dict[str, tuple[int, ...]]) -> None:
-    """Experts stored one by one: every projection of a layer must be there for every expert."""
-    layers: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    """Experts stored one by one are counted without a gap. How many there must be, only the model knows."""
+    numbers: dict[tuple[str, str], set[int]] = defaultdict(set)
     for name in names:
         if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(.+)", name):
-            layers[match[1]][match[3]].add(int(match[2]))
-    for path, projections in layers.items():
-        everyone = set().union(*projections.values())
-        for projection, present in projections.items():
-            gaps = set(range(max(everyone) + 1)) - present
-            if gaps:
-                raise ValueError(f"{folder}: the weights lack {path}.{min(gaps)}.{projection}; the checkpoint is incomplete, copy it again")
+            numbers[match[1], match[3]].add(int(match[2]))
+    for (path, projection), present in numbers.items():
+        gaps = set(range(max(present))) - present
+        if gaps:
+            raise ValueError(f"{folder}: the weights lack {path}.{min(gaps)}.{projection}; the checkpoint is incomplete, copy it again")
 
 
 def _listed(names: list[str]) -> str:

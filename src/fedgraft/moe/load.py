@@ -154,7 +154,9 @@ def _model(folder: Path, plan: Plan) -> Any:
     try:
         with quiet_torchao():
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, KeyError, RuntimeError, ValueError, ImportError) as error:
+    except RuntimeError as error:  # transformers puts experts stored one by one together
+        raise ValueError(f"its weights don't make up the model of config.json, one may be missing or of another shape ({error})") from error
+    except (OSError, KeyError, ValueError, ImportError) as error:
         raise ValueError(f"cannot be loaded as a causal language model ({error})") from error
     finally:
         logging.set_verbosity(level)
