@@ -29,6 +29,7 @@ from fedgraft.evaluation.personal import evaluate_client
 from fedgraft.grafts.graft import GraftedModel
 from fedgraft.moe.load import load_base
 from fedgraft.recipe import Recipe, load_recipe
+from fedgraft.report.html import leave_page
 from fedgraft.report.progress import Progress, Quiet
 from fedgraft.report.record import Record, read_document, read_recipe, write_document, write_recipe
 from fedgraft.training.client import Client, MemoryStore
@@ -143,6 +144,7 @@ class Session:
             raise Stopped(self.folder) from stop
         finally:
             self.progress.close()
+            leave_page(self.folder)
         return Record.load(self.folder)
 
     def restore(self) -> int:

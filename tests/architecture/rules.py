@@ -25,7 +25,7 @@ BESIDE = {
     "address": {"tree"},
 }
 # Foreign packages that only some parts may import; TYPES_ONLY names parts that may do so under `if TYPE_CHECKING:`.
-OWNERS = {"flwr": {"engine"}, "peft": {"grafts"}, "transformers": {"moe", "grafts"}}
+OWNERS = {"flwr": {"engine"}, "peft": {"grafts"}, "transformers": {"moe"}}
 TYPES_ONLY = {"transformers": {"data", "evaluation"}}
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}

@@ -186,6 +186,21 @@ def test_router_aux_adds_the_load_balancing_loss(tiny_graft, family, checkpointi
     assert (result.tree["layers.0.attention.q.A"] - without).abs().max() > 2e-5
 
 
+def test_router_aux_is_refused_where_the_model_computes_none(tiny_graft):
+    config = {"num_experts": 8, "moe_intermediate_size": 16, "intermediate_size": 32, "num_shared_experts": 1, "head_dim": 8}
+    model = tiny_graft("glm4_moe", base={**config, "n_routed_experts": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0})
+    with pytest.raises(ValueError, match=r"training\.router_aux: this architecture computes no load-balancing loss"):
+        run(model, leaves(model), batches(1), TrainingSettings(router_aux=0.1))
+
+
+def test_a_router_that_adds_noise_while_training_routes_as_in_use(tiny_graft):
+    """PhiMoE's router draws a uniform jitter in train mode; without dropout every seed then gives the same result."""
+    model = tiny_graft("phimoe", base={"num_local_experts": 8, "intermediate_size": 16, "router_jitter_noise": 0.5}, gate_start="low")
+    start = leaves(model)
+    results = [run(model, start, batches(2), seed=seed).tree for seed in (0, 1)]
+    assert equal(*results)
+
+
 def test_fixed_leaves_act_and_stay(tiny_graft):
     """Training the side leaves with the attention leaves fixed: the plain loop whose attention leaves get no gradient."""
     model = tiny_graft("olmoe")

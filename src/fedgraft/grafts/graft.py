@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import Tensor
 
 from fedgraft.grafts.expert_lora import ExpertPairs, expert_shapes
-from fedgraft.grafts.lora import LoraSettings, LowRank, Shapes, fresh_pairs, low_rank_shapes
+from fedgraft.grafts.lora import LoraSettings, LowRank, Shapes, chosen_projections, fresh_pairs, low_rank_shapes
 from fedgraft.grafts.router import RouterRows, router_shapes
-from fedgraft.grafts.side_expert import GraftSettings, SideExperts
+from fedgraft.grafts.side_expert import GraftSettings, SeeGate, SideExperts
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.load import Base
+from fedgraft.moe.projections import Projection
 from fedgraft.moe.weights import compute_device, plain, stored
 from fedgraft.tree import Tree, digest
 
+PROBE_TOKENS = 16
 Experts = list[list[int]]
 """Source expert of every graft, [L][r]; empty when a client has no graft."""
 
@@ -44,6 +47,7 @@ class GraftedModel:
             self._pairs |= expert_shapes(base, lora)
             self._adapters.append(ExpertPairs(base, lora))
         self._side = SideExperts(base, graft, lora)
+        _check_they_run(base, chosen_projections(base, lora.targets))
 
     def fresh_adapters(self, seed: int) -> Tree:
         """New leaves of everything in `lora.targets`, on the CPU, the same on every site for the same seed."""
@@ -79,9 +83,33 @@ class GraftedModel:
                 adapter.put({})
             self._side.put({}, [])
 
+    def watching_gates(self, see: SeeGate) -> AbstractContextManager[None]:
+        """Call `see` with the gate values of every graft in use, in every forward inside the block."""
+        return self._side.watching_gates(see)
+
     def frozen_digest(self) -> str:
         """Digest over every pretrained parameter, to show that none has changed."""
         return digest({name: plain(stored(module, name.rpartition(".")[2])).detach() for name, module in self._holders.items()})
+
+
+def _check_they_run(base: Base, chosen: Sequence[Projection]) -> None:
+    """Check that every adapted layer runs in a forward; kernels that read its weights by themselves would leave its adapter without effect.
+
+    Raises:
+        ValueError: one does not.
+    """
+    silent = {projection.path for projection in chosen}
+    handles = [base.model.get_submodule(path).register_forward_hook(lambda *_, path=path: silent.discard(path)) for path in tuple(silent)]
+    try:
+        with torch.no_grad():
+            base.model(torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=base.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if silent:
+        raise ValueError(
+            f"lora.targets: {min(silent)} does not run as a layer of its own here, so an adapter would have no effect; leave it out"
+        )
 
 
 def adapter_shapes(anatomy: Anatomy, lora: LoraSettings) -> Shapes:

@@ -115,6 +115,8 @@ def _step(
         loss = F.cross_entropy(output.logits.float(), batch.targets, reduction="sum") / count
         losses.append(loss.detach())
         if settings.router_aux > 0:
+            if getattr(output, "aux_loss", None) is None:
+                raise ValueError("training.router_aux: this architecture computes no load-balancing loss of its router; set it to 0")
             loss = loss + settings.router_aux * output.aux_loss * (part.response_tokens / count)
         loss.backward()
     if penalty is not None:
@@ -124,10 +126,15 @@ def _step(
 
 @contextmanager
 def _training(model: GraftedModel, settings: TrainingSettings) -> Iterator[None]:
-    """Train mode (dropout) and, if wanted, gradient checkpointing; eval mode afterwards."""
+    """Train mode (dropout) and, if wanted, gradient checkpointing; eval mode afterwards.
+
+    Routers stay in eval mode: some add noise while training, and the frozen experts are to be chosen as they will be in use.
+    """
     network: Any = model.base.model
     switch = "activation" if hasattr(network, "activation_checkpointing_enable") else "gradient"  # its name before transformers 5.23
     network.train()
+    for site in model.base.sites:
+        site.router.eval()
     try:
         if settings.checkpointing:
             getattr(network, f"{switch}_checkpointing_enable")(**{f"{switch}_checkpointing_kwargs": {"use_reentrant": False}})
