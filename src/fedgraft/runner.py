@@ -183,6 +183,7 @@ class Session:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "base": self.model.base.name,
             "base_digest": self.model.base.digest,
+            "base_notes": list(self.model.base.notes),
             "data_digest": rows.hexdigest(),
             "clients": counts(list(self.clients.values())),
         }

@@ -15,6 +15,7 @@ from fedgraft.grafts.side_expert import GraftSettings
 from fedgraft.moe.load import Base, load_base
 from fedgraft.moe.settings import ModelSettings
 from fedgraft.moe.weights import compute_device, part, plain, stored
+from tests.families.twins import twin as family_twin
 from tests.grafts.twins import IDS, MASK, random_leaves
 
 EXPERTS = [[3], [5]]
@@ -77,6 +78,27 @@ def test_too_little_room_without_a_folder_to_offload_to_is_refused(olmoe_folder,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"0\.05 MiB is free \(cpu 0\.05 MiB\).*offload: <folder>"):
         load(olmoe_folder, device_map="auto", max_memory={"cpu": "50KB"})
+
+
+def offload(family: str, folder: Path, tokenizer: Any) -> Base:
+    family_twin(family).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load(folder, device_map="auto", max_memory={"cpu": "60KiB"}, offload=str(folder / "offload"))
+
+
+def test_a_router_row_that_passes_through_an_offloaded_norm(tmp_path, tiny_tokenizer, monkeypatch):
+    """gemma4 carries the row over to the experts' inputs with the weight of their norm."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    base, whole = offload("gemma4_text", tmp_path, tiny_tokenizer), load(tmp_path, device="cpu")
+    assert base.sites[0].experts.down_proj.device.type == "meta"
+    for site, twin_site in zip(base.sites, whole.sites, strict=True):
+        assert torch.equal(base.family.router_row(site, 3), whole.family.router_row(twin_site, 3))
+
+
+def test_experts_kept_in_a_form_of_their_own_are_not_offloaded(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"experts of dbrx cannot be offloaded; raise model\.max_memory"):
+        offload("dbrx", tmp_path, tiny_tokenizer)
 
 
 class Hook:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,12 @@ QUICK = {"federation": {"rounds": 1}, "training": {"steps": 1}}
 def digest(world: World, out: Path, **model: object) -> str:
     run(world.recipe(**QUICK, model=model), out=out)
     return (out / "digest.txt").read_text()
+
+
+def test_what_was_done_to_the_base_is_in_the_record(world, tmp_path):
+    digest(world, tmp_path / "run", dtype="bfloat16", device="cpu")
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["base_notes"] == ["weights stored as float32 are rounded to bfloat16"]
 
 
 def test_a_base_offloaded_to_disk_gives_the_same_run_bit_for_bit(world, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from fedgraft.moe.plan import Plan, examine, file_notes
 from fedgraft.moe.quantise import check_plain, quiet_torchao
 from fedgraft.moe.settings import ModelSettings
 from fedgraft.moe.site import Site
-from fedgraft.moe.weights import compute_device, is_offloaded, keep_in_memory
+from fedgraft.moe.weights import compute_device, is_offloaded, keep_in_memory, vectors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,7 +92,8 @@ def prepare(name: str, model: Any, tokenizer: Any, digest: str, notes: tuple[str
     model.requires_grad_(False).eval()
     anatomy = anatomy_of(model)
     for site in anatomy.sites:
-        keep_in_memory(site.router)  # small, and read between forwards too
+        for part in (site.router, *vectors(site.block)):  # small, and read between forwards too
+            keep_in_memory(part)
         if is_offloaded(site.experts) and anatomy.family.expert is not Family.expert:
             raise ValueError(f"{site.path}: experts of {model.config.model_type} cannot be offloaded; raise model.max_memory")
     base = Base(name=name, tokenizer=tokenizer, digest=digest, notes=notes, **vars(anatomy))

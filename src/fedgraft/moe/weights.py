@@ -50,6 +50,11 @@ def keep_in_memory(module: nn.Module) -> None:
                 setattr(inner, name, nn.Parameter(value, requires_grad=False))
 
 
+def vectors(module: nn.Module) -> list[nn.Module]:
+    """The modules inside with vectors alone: norms and scales."""
+    return [part for part in module.modules() if {parameter.ndim for parameter in part.parameters()} == {1}]
+
+
 def compute_device(module: nn.Module) -> torch.device:
     """Where `module` computes: accelerate's choice for a dispatched model, else where its parameters lie."""
     for hook in _hooks(module):
