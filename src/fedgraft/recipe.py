@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, ValidationError
 
-from fedgraft import plugins
+from fedgraft import files, plugins
 from fedgraft.aggregation.server import FederationSettings
 from fedgraft.data.settings import DataSettings
 from fedgraft.evaluation.settings import EvaluationSettings
@@ -147,7 +147,7 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe | None = None, over
         values = source
     else:
         path = find_recipe(source)
-        where, values = str(path), read_yaml(path.read_text(encoding="utf-8"), str(path))
+        where, values = str(path), read_yaml(files.read_text(path), str(path))
     values = dict(values or {})
     values.pop("schema", None)  # a run's own recipe.yaml carries one
     for override in overrides or []:

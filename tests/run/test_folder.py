@@ -10,6 +10,7 @@ import yaml
 
 from fedgraft import files, runner
 from fedgraft.bundle import Bundle
+from fedgraft.report.progress import Quiet
 from fedgraft.report.record import Record
 from fedgraft.runner import Stopped, resume, run
 from tests.run.world import contents
@@ -18,7 +19,7 @@ LEAN = {"training": {"steps": 1, "lr": 1e-3, "lr_min": 1e-3}, "evaluation": {"ro
 QUICK = LEAN | {"federation": {"rounds": 1}, "method": {"name": "fedavg"}}
 
 
-class StopAt:
+class StopAt(Quiet):
     """Progress that presses Ctrl-C at the n-th step of a phase."""
 
     def __init__(self, phase: str, step: int) -> None:
@@ -31,9 +32,6 @@ class StopAt:
         self.left -= self.phase == self.wanted
         if self.left == 0:
             raise KeyboardInterrupt
-
-    def close(self) -> None:
-        pass
 
 
 def reader(name):
@@ -183,7 +181,7 @@ def test_another_base_model_is_refused(world, short):
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
     recipe = (short / "recipe.yaml").read_text()
     (short / "recipe.yaml").write_text(recipe.replace(str(world.model), str(other)))
-    with pytest.raises(ValueError, match="the base model differs from the one this run began with; restore it, or start a new run"):
+    with pytest.raises(ValueError, match=r"the base model '.*' differs from the one this run began with; restore it, or start a new run"):
         resume(short)
 
 
@@ -196,7 +194,7 @@ def test_other_data_are_refused(world, short, split):
     (other / "garden.jsonl").write_text("\n".join(text) + "\n")
     recipe = (short / "recipe.yaml").read_text()
     (short / "recipe.yaml").write_text(recipe.replace(str(world.data), str(other)))
-    with pytest.raises(ValueError, match="the data differs from the one this run began with"):
+    with pytest.raises(ValueError, match="the data of client 'garden' differ from those this run began with; restore them"):
         resume(short)
 
 

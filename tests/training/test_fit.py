@@ -118,6 +118,16 @@ def test_dropout_is_a_function_of_the_seed(tiny_graft):
     assert not equal(run(model, leaves(model), batches(2), seed=4).tree, first.tree)
 
 
+def test_every_step_is_reported_with_its_loss_and_nothing_else_changes(tiny_graft):
+    model, heard = tiny_graft("olmoe", dropout=0.2), []
+    tree, steps = leaves(model), batches(3)
+    silent = run(model, tree, steps)
+    told = run(model, tree, steps, report=lambda *words: heard.append(words))
+    assert equal(silent.tree, told.tree)
+    assert [(done, total) for done, total, _ in heard] == [(1, 3), (2, 3), (3, 3)]
+    assert fmean(loss for *_, loss in heard) == pytest.approx(told.loss, abs=1e-12)
+
+
 def test_without_dropout_the_seed_has_no_effect(tiny_graft):
     model = tiny_graft("olmoe")
     assert equal(run(model, leaves(model), batches(2), seed=3).tree, run(model, leaves(model), batches(2), seed=4).tree)

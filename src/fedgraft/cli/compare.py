@@ -18,13 +18,13 @@ def compare(
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with figures to this file.")] = None,
 ) -> None:
     """Compare runs: clients x methods, one table per figure."""
-    from fedgraft.report.record import Record
+    from fedgraft.report.record import Record, resume_command
     from fedgraft.report.table import compare_tables, cost, labels
 
     records = [Record.load(folder) for folder in folders]
     for record in records:
         if not record.results:
-            raise ValueError(f"{record.folder}: not evaluated yet; finish it with: fedgraft resume {record.folder}")
+            raise ValueError(f"{record.folder}: not evaluated yet; finish it with: {resume_command(record.folder)}")
     if html is not None:
         from fedgraft.report.html import comparison_page, write_page
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedgraft.cli.frame import AsJson, IsQuiet, app, print_json, reporting, starting
+from fedgraft.cli.frame import AsJson, IsQuiet, IsVerbose, app, print_json, reporting, starting
 from fedgraft.cli.tables import print_cost, print_tables
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ def run(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value. Repeatable.")] = None,
     as_json: AsJson = False,
     quiet: IsQuiet = False,
+    verbose: IsVerbose = False,
 ) -> None:
     """Run a recipe and print its tables."""
-    with starting(quiet or as_json):
-        from fedgraft.runner import run as execute
-
-    with reporting(quiet or as_json) as progress:
+    with reporting(quiet or as_json, verbose) as progress:
+        with starting(quiet or as_json):
+            from fedgraft.runner import run as execute
         record = execute(recipe, out=out, overrides=set_, progress=progress)
     _show_run(record, as_json)
 
@@ -39,12 +39,12 @@ def resume(
     rounds: Annotated[int | None, typer.Option("--rounds", help="Extend the run to so many rounds.")] = None,
     as_json: AsJson = False,
     quiet: IsQuiet = False,
+    verbose: IsVerbose = False,
 ) -> None:
     """Continue a run that was stopped, or extend a finished one."""
-    with starting(quiet or as_json):
-        from fedgraft.runner import resume as execute
-
-    with reporting(quiet or as_json, folder) as progress:
+    with reporting(quiet or as_json, verbose, folder) as progress:
+        with starting(quiet or as_json):
+            from fedgraft.runner import resume as execute
         record = execute(folder, rounds=rounds, progress=progress)
     _show_run(record, as_json)
 

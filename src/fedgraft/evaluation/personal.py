@@ -26,7 +26,8 @@ def evaluate_client(method: Method, client: Client, package: Bundle, settings: E
     models = {name: model for name, model in method.answer(method, client, package).items() if name in settings.models}
     rows = getattr(client.data, settings.split)[: settings.rows]
     results: dict[str, Any] = {}
-    for name, model in models.items():
+    for done, (name, model) in enumerate(models.items()):
+        client.report(done, len(models), note=f"model {name}")
         figures = response_figures(client, model, rows, settings.batch_size)
         if settings.generate and name in settings.generate_models:
             figures["rougeL"] = rouge_l(client, model, rows[: settings.generate_rows], settings)
