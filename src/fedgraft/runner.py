@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
-from fedgraft import files
+from fedgraft import __version__, files
+from fedgraft.account.memory import workload
+from fedgraft.account.take import summary, take_account
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
 from fedgraft.data.partition import ClientData, counts, load_clients
@@ -57,9 +59,7 @@ def run(
         ValueError: bad recipe, data or model; the message names file, key or client and the remedy.
     """
     checked = load_recipe(recipe, overrides)
-    folder = Path(out) if out is not None else _new_folder(checked.method.name)
-    if folder.exists() and (not folder.is_dir() or any(not LEFTOVER.fullmatch(entry.name) for entry in folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is never overwritten; choose another --out, or continue it with: fedgraft resume {folder}")
+    folder = new_folder(out, checked.method.name)
     session = Session(checked.absolute(), folder, progress or Quiet())
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(folder / "recipe.yaml", session.recipe.complete())
@@ -106,8 +106,12 @@ class Session:
         self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
         _check_rows(self.clients.values(), recipe.evaluation.split)
         progress.step("data")
-        self.model = GraftedModel(load_base(recipe.model), recipe.lora, recipe.graft)
+        base = load_base(recipe.model)
+        work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
+        self.account = take_account(base, self.method, recipe.lora, recipe.graft, work)  # before adapters are injected
+        self.model = GraftedModel(base, recipe.lora, recipe.graft)
         progress.step("model")
+        progress.tell(summary(self.account))
         self.engine = InProcess(
             questions={
                 "graft": lambda client, package: self.method.graft(self.method, client, package),
@@ -171,7 +175,7 @@ class Session:
             for row in (*data.train, *data.validation, *data.test):
                 rows.update(f"{row}\n".encode())
         return {
-            "fedgraft": metadata.version("fedgraft") if _installed("fedgraft") else "source",
+            "fedgraft": __version__,
             "packages": {name: metadata.version(name) for name in PACKAGES},
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -262,9 +266,16 @@ class Session:
         write_document(self.folder / "results.json", {"rounds": self.server.round, "split": split, "clients": results})
 
 
-def _new_folder(method: str) -> Path:
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{method}-{stamp}"
+def new_folder(out: str | Path | None, method: str) -> Path:
+    """The folder of a new run, not made yet; None is a name of its own under `runs/`.
+
+    Raises:
+        ValueError: it is there and holds something.
+    """
+    folder = Path(out) if out is not None else Path("runs") / f"{method}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S')}"
+    if folder.exists() and (not folder.is_dir() or any(not LEFTOVER.fullmatch(entry.name) for entry in folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is never overwritten; choose another --out, or continue it with: fedgraft resume {folder}")
+    return folder
 
 
 def _same_origin(session: Session) -> None:
@@ -287,11 +298,3 @@ def _check_rows(clients: Iterable[ClientData], split: str) -> None:
             raise ValueError(
                 f"client {data.name!r} has no {split} rows to be evaluated on; raise data.{split}_rows or choose another evaluation.split"
             )
-
-
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+from fedgraft.words import labelled
 
 
 class Progress(Protocol):
@@ -15,6 +17,9 @@ class Progress(Protocol):
 
     def step(self, note: str = "") -> None:
         """One step is done."""
+
+    def tell(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Something worth reading, as (label, text) a line."""
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -28,6 +33,9 @@ class Quiet:
 
     def step(self, note: str = "") -> None:
         """One step is done."""
+
+    def tell(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Something worth reading, as (label, text) a line."""
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -51,6 +59,11 @@ class Lines:
         if time.monotonic() - self.last >= self.every or self.done == self.total:
             self.last = time.monotonic()
             self._say(note)
+
+    def tell(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Something worth reading, as (label, text) a line."""
+        for label, text in rows:
+            self.write(f"{label:<10} {text}")
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -86,6 +99,14 @@ class Bars:
     def step(self, note: str = "") -> None:
         """One step is done."""
         self.bars.update(self.task, advance=1, note=note)
+
+    def tell(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Something worth reading, as (label, text) a line."""
+        from rich.markup import escape
+
+        for row in rows:
+            for label, text in labelled(*row, self.bars.console.width):
+                self.bars.console.print(f"[bold]{label}[/] {escape(text)}", highlight=False)
 
     def close(self) -> None:
         """Nothing more comes."""
