@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from fedgraft.account.finding import Finding
 from fedgraft.account.forecast import Forecast, forecast, probe_rate
+from fedgraft.account.layers import Layer, alike, layers_of
 from fedgraft.account.machine import Machine, look, troubles
 from fedgraft.account.memory import workload
 from fedgraft.account.remarks import remarks
@@ -36,6 +37,10 @@ class Checkup:
     recipe: Recipe | None
     """What would be run; for a model, the defaults on it."""
     machine: Machine
+    model_type: str = ""
+    parameters: int = 0
+    layers: list[Layer] = field(default_factory=list)
+    """Like layers together, also where there is no account because the recipe does not fit the model."""
     account: Account | None = None
     rows: list[Rows] = field(default_factory=list)
     forecast: Forecast | None = None
@@ -52,6 +57,9 @@ class Checkup:
             "target": self.target,
             "machine": self.machine.as_dict(),
             "recipe": self.recipe.complete() if self.recipe else None,
+            "model_type": self.model_type,
+            "parameters": self.parameters,
+            "layers": [asdict(layer) for layer in self.layers],
             "account": self.account.as_dict() if self.account else None,
             "rows": [vars(one) for one in self.rows],
             "forecast": {**vars(self.forecast), "total": self.forecast.total} if self.forecast else None,
@@ -107,10 +115,14 @@ def _rows(recipe: Recipe) -> list[Rows]:
 
 
 def _examine(result: Checkup, recipe: Recipe, anatomy: Anatomy) -> None:
+    result.model_type = str(anatomy.model.config.model_type)
+    result.parameters = sum(parameter.numel() for parameter in anatomy.model.parameters())
+    result.layers = alike(layers_of(anatomy, (), {}, {}))
     method, share = recipe.build_method(), response_share(result.rows)
     work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype, predicting=share)
     result.account = take_account(anatomy, method, recipe.lora, recipe.graft, work)
-    result.findings += remarks(anatomy, result.account.layers, method, recipe.lora, recipe.graft)
+    result.layers = result.account.layers
+    result.findings += remarks(anatomy, result.layers, method, recipe.lora, recipe.graft)
     device = _device(recipe)
     rate = probe_rate(device, torch.bfloat16 if recipe.training.precision == "bf16" else getattr(torch, recipe.model.dtype))
     clients = len(result.rows) or recipe.data.clients

@@ -79,7 +79,8 @@ def _other(model: nn.Module, head: nn.Module, counted: set[int]) -> int:
 
 def _scores(layer: Layer, length: int) -> int:
     """Products of queries with keys, and of weights with values; d = heads x head size, read from the output projection."""
-    width = max((linear.inputs for linear in layer.at("attention") if "o" in linear.roles), default=0)
+    quadratic = [] if "linear" in layer.kind else layer.at("attention")
+    width = max((linear.inputs for linear in quadratic if "o" in linear.roles), default=0)
     return 4 * min(length, layer.window or length) * width
 
 

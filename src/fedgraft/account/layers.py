@@ -80,6 +80,7 @@ def layers_of(anatomy: Anatomy, adapted: Collection[str], shared: Mapping[int, i
     linears: dict[int, list[Linear]] = {}
     for projection in anatomy.projections:
         linears.setdefault(projection.layer, []).append(_linear(projection, projection.path in adapted))
+    routers = {id(part) for site in anatomy.sites for part in site.router.modules()}
     layers = []
     for number, module in _modules(anatomy):
         kind = str(kinds[number]) if number < len(kinds) else ""
@@ -89,7 +90,7 @@ def layers_of(anatomy: Anatomy, adapted: Collection[str], shared: Mapping[int, i
                 kind=kind,
                 window=window if "sliding" in kind and window else None,
                 linears=tuple(linears.get(number, ())),
-                unreachable=tuple(_unreachable(module)),
+                unreachable=tuple(_unreachable(module, routers)),
                 experts=_experts(anatomy, sites[number]) if number in sites else None,
                 shared=shared.get(number, 0),
                 personal=personal.get(number, 0),
@@ -129,9 +130,9 @@ def _linear(projection: Projection, adapted: bool) -> Linear:
     )
 
 
-def _unreachable(layer: nn.Module) -> Iterator[str]:
+def _unreachable(layer: nn.Module, routers: Collection[int]) -> Iterator[str]:
     for path, part in layer.named_modules():
-        if isinstance(part, nn.Linear) and type(part).forward is not nn.Linear.forward:
+        if isinstance(part, nn.Linear) and type(part).forward is not nn.Linear.forward and id(part) not in routers:
             yield f"{path} ({type(part).__name__})"
 
 

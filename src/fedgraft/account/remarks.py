@@ -25,9 +25,11 @@ def remarks(anatomy: Anatomy, layers: Sequence[Layer], method: Method, lora: Lor
 
 def _on_adapters(layers: Sequence[Layer], lora: LoraSettings) -> Iterator[Finding]:
     targets = ", ".join(lora.targets)
-    for numbers, names in _grouped(layers, lambda layer: [linear.name for linear in layer.at("mixer") if not linear.adapted]):
+    for numbers, names in _grouped(layers, lambda layer: _mixers(layer, adapted=False)):
         text = f"{numbers}: linear attention, state space or convolution ({names}) is not adapted by lora.targets {targets}"
         yield Finding(severity="note", text=text, remedy="add mixer to lora.targets to adapt it")
+    for numbers, names in _grouped(layers, lambda layer: _mixers(layer, adapted=True)):
+        yield Finding(severity="note", text=f"{numbers}: linear attention, state space or convolution ({names}) is adapted too")
     for numbers, names in _grouped(
         layers, lambda layer: [linear.name for linear in layer.at("attention") if set("qkv") <= {*linear.roles}]
     ):
@@ -39,8 +41,8 @@ def _on_adapters(layers: Sequence[Layer], lora: LoraSettings) -> Iterator[Findin
         yield Finding(severity="note", text=f"{numbers}: q is low-rank itself ({names}); each factor has its own pair")
     for numbers, names in _grouped(layers, lambda layer: list(layer.unreachable)):
         yield Finding(severity="note", text=f"{numbers}: {names} is no plain linear map and cannot be adapted")
-    for numbers, _ in _grouped(layers, lambda layer: ["x"] if layer.linears and not any(one.adapted for one in layer.linears) else []):
-        yield Finding(severity="note", text=f"{numbers}: none of its linear layers is adapted by lora.targets {targets}")
+    for numbers, names in _grouped(layers, _untouched):
+        yield Finding(severity="note", text=f"{numbers}: its attention ({names}) is not adapted by lora.targets {targets}")
 
 
 def _on_graft(anatomy: Anatomy, layers: Sequence[Layer], graft: GraftSettings) -> Iterator[Finding]:
@@ -60,6 +62,15 @@ def _on_graft(anatomy: Anatomy, layers: Sequence[Layer], graft: GraftSettings) -
         except ValueError as error:
             text, _, _ = str(error).partition("; ")
             yield Finding(severity="error", text=text, remedy="set graft.gate_start: low")
+
+
+def _mixers(layer: Layer, *, adapted: bool) -> list[str]:
+    return [linear.name for linear in layer.at("mixer") if linear.adapted == adapted]
+
+
+def _untouched(layer: Layer) -> list[str]:
+    attention = layer.at("attention")
+    return [] if any(linear.adapted for linear in attention) else [linear.name for linear in attention]
 
 
 def _low_rank_queries(layer: Layer) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedgraft import address, words
@@ -72,7 +72,9 @@ class Account:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        values = {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
+        values = asdict(self)
+        for leaves in (values["shared"], values["personal"]):
+            leaves["layers"] = {str(number): entries for number, entries in leaves["layers"].items()}
         values["trained"] = self.trained
         values["bytes_each_way"] = {kind: self.bytes_each_way(kind) for kind in ON_WIRE}
         values["compute"] |= {"base": self.compute.base, "grafted": self.compute.grafted}
@@ -191,14 +193,3 @@ def _places(account: Account) -> str:
 def _listed(leaves: Leaves, end: str = "") -> str:
     parts = [f"{WORDS[place]} {words.count(number)}" if end else WORDS[place] for place, number in leaves.places.items()]
     return f"{', '.join(parts)} {end}".rstrip()
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON knows it."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, dict):
-        return {str(key): item for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

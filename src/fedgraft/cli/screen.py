@@ -22,9 +22,10 @@ STYLES = {"note": "cyan", "warning": "yellow", "error": "bold red"}
 def print_checkup(found: Checkup) -> None:
     """Machine; model by layer; what trains, travels and stays; cost; data; findings."""
     _print_block("this machine", machine_lines(found.machine))
+    if found.layers:
+        _print_layers(found)
     if found.account is not None:
         account = found.account
-        _print_layers(account)
         from fedgraft.account.take import summary
 
         name = found.recipe.method.name if found.recipe else ""
@@ -121,12 +122,12 @@ def _linear(linear: Linear) -> str:
     return f"{'+' if linear.adapted else ''}{linear.name}{roles} {linear.inputs}>{linear.outputs}"
 
 
-def _print_layers(account: Account) -> None:
+def _print_layers(found: Checkup) -> None:
     from fedgraft.words import count, spans
 
-    number = sum(len(layer.numbers) for layer in account.layers)
-    _print_title(f"{account.model_type}: {count(account.parameters)} parameters, {number} layers (inputs > outputs, + is adapted by LoRA)")
-    for layer in account.layers:
+    number = sum(len(layer.numbers) for layer in found.layers)
+    _print_title(f"{found.model_type}: {count(found.parameters)} parameters, {number} layers (inputs > outputs, + is adapted by LoRA)")
+    for layer in found.layers:
         plural = "s" * (len(layer.numbers) > 1)
         console().print(f"layer{plural} {spans(layer.numbers)}", style="bold", highlight=False)
         _print_lines((f"  {part}", text) for part, text in layer_lines(layer))

@@ -32,8 +32,10 @@ def skeleton(name: str, dtype: str = "float32") -> Anatomy:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    except ValueError as error:
-        raise ValueError(f"{name}: {config.model_type} is no causal language model of transformers ({_first_line(error)})") from error
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{name}: its configuration ({config.model_type}) does not make a causal language model of transformers ({_first_line(error)})"
+        ) from error
     model.requires_grad_(False).eval()
     return anatomy_of(model)
 
