@@ -15,8 +15,9 @@ from tests.account.conftest import full_size
 
 Count = Callable[..., Account]
 
-# Published sizes in billions; MoE layers x experts, top-k; MB (10^6 bytes, bf16) of one full expert per layer with its gate; of its
-# LoRA at rank 16 where gate and up are one fused pair; of the attention LoRA q, k, v, o at rank 16; GFLOP per token of selection and routed forward.
+# Published sizes in billions; MoE layers x experts, top-k; MB (10^6 bytes, bf16) of one full expert per layer with its gate; of its LoRA
+# at rank 16 where gate and up are one fused pair; of the attention LoRA q, k, v, o at rank 16; GFLOP per token of selection and of the
+# routed forward.
 SIZES = {
     "qwen1.5-moe-a2.7b": (14.32, 24, 60, 4, 415, 6.4, 12.6, 24.9, 1.66),
     "olmoe-1b-7b-0924": (6.92, 16, 64, 8, 201, 3.7, 8.4, 12.9, 1.61),

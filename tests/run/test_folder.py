@@ -10,6 +10,7 @@ import yaml
 
 from fedgraft import files, runner
 from fedgraft.bundle import Bundle
+from fedgraft.report.progress import Quiet
 from fedgraft.report.record import Record
 from fedgraft.runner import Stopped, resume, run
 from tests.run.world import contents
@@ -18,7 +19,7 @@ LEAN = {"training": {"steps": 1, "lr": 1e-3, "lr_min": 1e-3}, "evaluation": {"ro
 QUICK = LEAN | {"federation": {"rounds": 1}, "method": {"name": "fedavg"}}
 
 
-class StopAt:
+class StopAt(Quiet):
     """Progress that presses Ctrl-C at the n-th step of a phase."""
 
     def __init__(self, phase: str, step: int) -> None:
@@ -31,9 +32,6 @@ class StopAt:
         self.left -= self.phase == self.wanted
         if self.left == 0:
             raise KeyboardInterrupt
-
-    def close(self) -> None:
-        pass
 
 
 def reader(name):

@@ -126,7 +126,7 @@ def _print_layers(found: Checkup) -> None:
     from fedgraft.words import count, spans
 
     number = sum(len(layer.numbers) for layer in found.layers)
-    _print_title(f"{found.model_type}: {count(found.parameters)} parameters, {number} layers (inputs > outputs, + is adapted by LoRA)")
+    _print_title(f"{found.model_type}: {count(found.parameters)} parameters, {number} layers; inputs > outputs, + adapted")
     for layer in found.layers:
         plural = "s" * (len(layer.numbers) > 1)
         console().print(f"layer{plural} {spans(layer.numbers)}", style="bold", highlight=False)
