@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedgraft.account.take import Account, summary
+from fedgraft.grafts.graft import GraftedModel
+from fedgraft.grafts.lora import LoraSettings
+from fedgraft.grafts.side_expert import GraftSettings
 from fedgraft.methods import fedavg, local
 from fedgraft.methods.method import Method
 from fedgraft.tree import digest
 from tests.account.conftest import full_size
 
 Count = Callable[..., Account]
+OTHERS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 16,
+        "intermediate_size": 48,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 12,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_key_value_heads": 4,
+    },
+    "gpt_oss": {"num_local_experts": 8, "intermediate_size": 16, "head_dim": 8},
+}
+"""Shapes of families whose options differ."""
 
 # Published sizes in billions; MoE layers x experts, top-k; MB (10^6 bytes, bf16) of one full expert per layer with its gate; of its LoRA
 # at rank 16 where gate and up are one fused pair; of the attention LoRA q, k, v, o at rank 16; GFLOP per token of selection and of the
@@ -87,6 +111,24 @@ def test_flops_of_a_forward(counted: Count) -> None:
     assert compute.grafted - compute.base == compute.adapters + compute.graft
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "olmoe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_flops_are_those_torch_counts(family: str, counted: Count, tiny_base: Callable[..., Any]) -> None:
+    """Torch counts every product of a real forward; in float64 the experts run one by one."""
+    base = tiny_base(family, dtype=torch.float64, **OTHERS.get(family, {}))
+    base.model.set_attn_implementation("eager")
+    length, lora, graft = 16, LoraSettings(rank=4), GraftSettings(form="preserving")
+    compute = counted(base, rank=4, length=length, form="preserving").compute
+    model, ids = GraftedModel(base, lora, graft), torch.arange(3, 3 + length)[None]
+    tree = {key: leaf.double() for key, leaf in (model.fresh_adapters(0) | model.fresh_side([[0]] * len(base.sites), 0)).items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as plain:
+        base.model(input_ids=ids, use_cache=False)
+    with torch.no_grad(), FlopCounterMode(display=False) as grafted, model.using(tree, [[0]] * len(base.sites)):
+        base.model(input_ids=ids, use_cache=False)
+    assert plain.get_total_flops() == pytest.approx(length * compute.base, rel=0.0001)
+    added = grafted.get_total_flops() - plain.get_total_flops()
+    assert added == length * (compute.adapters + compute.graft)
+
+
 def test_sliding_windows_bound_the_scores(counted: Count) -> None:
     scores = counted("gpt-oss-20b", length=1000).compute.scores
     assert scores == 12 * 4 * 4096 * (128 + 1000)
@@ -127,10 +169,6 @@ def test_patterns_that_match_nothing_are_refused(counted: Count) -> None:
 
 
 def test_the_account_is_that_of_the_leaves_a_run_has(counted: Count, tiny_base: Callable[..., object]) -> None:
-    from fedgraft.grafts.graft import GraftedModel
-    from fedgraft.grafts.lora import LoraSettings
-    from fedgraft.grafts.side_expert import GraftSettings
-
     base = tiny_base("qwen2_moe")
     account = counted(base, rank=4)
     model = GraftedModel(base, LoraSettings(rank=4), GraftSettings())  # type: ignore[arg-type]

@@ -40,6 +40,10 @@ def test_plain_attention_needs_no_words(said: Callable[..., list[str]]) -> None:
     assert said(full_size("mixtral-8x7b")) == []
 
 
+def test_a_router_is_no_linear_layer_that_is_missed(said: Callable[..., list[str]]) -> None:
+    assert said(of_family("phimoe")) == []
+
+
 def test_latent_attention(said: Callable[..., list[str]]) -> None:
     assert said(full_size("deepseek-v3")) == [
         "note: layers 0-60: k and v come from the same projections (kv_a, kv_b), adapted once either is named",
