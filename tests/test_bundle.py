@@ -73,6 +73,37 @@ def test_cut_content_is_refused_by_name(data):
         Bundle.decode(cut, "the reply")
 
 
+def read(content):
+    """The bundle, or what refused it."""
+    try:
+        return Bundle.decode(content, "the state")
+    except ValueError as error:
+        return str(error)
+
+
+def test_every_flipped_bit_is_found_or_without_effect():
+    """Flips in the padding of the header and in the name of the checksum change nothing that is read."""
+    bundle = Bundle(trees={"t": {"a": torch.arange(5.0)}}, facts={"round": 3})
+    content = bundle.encode()
+    found = 0
+    for place in range(len(content)):
+        for bit in range(8):
+            again = read(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            if isinstance(again, str):
+                found += again.startswith("the state: ")
+            else:
+                assert equal(again.tree("t"), bundle.tree("t"))
+                assert again.facts == bundle.facts
+    assert found > 0.9 * 8 * len(content)
+
+
+def test_flipped_tensor_bits_are_found():
+    content = Bundle(trees={"t": {"a": torch.arange(5.0)}}).encode()
+    for place in range(len(content) - 20, len(content)):
+        with pytest.raises(ValueError, match=r"^the state: damaged .*checksum does not fit\); restore it from a copy, or start a new run"):
+            Bundle.decode(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :], "the state")
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"not safetensors at all", struct.pack("<Q", 2**62), b"\x80\x04K\x01.", struct.pack("<Q", 2) + b"{}"]
 )

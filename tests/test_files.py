@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -57,3 +59,56 @@ def test_lines_are_appended_and_a_cut_last_one_is_not_read(tmp_path):
         files.append_line(path, {"round": number})
     path.write_bytes(path.read_bytes()[:-4])
     assert files.read_lines(path) == [{"round": 0}, {"round": 1}]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_write_names_its_file(tmp_path, monkeypatch, failing):
+    def broken(*arguments):
+        raise OSError(28, "No space left on device", "/somewhere/.aside.tmp")
+
+    monkeypatch.setattr(os, failing, broken)
+    with pytest.raises(OSError, match="No space left") as refused:
+        files.write_bytes(tmp_path / "state", b"new")
+    assert refused.value.filename == str(tmp_path / "state")
+
+
+def test_lines_have_the_same_bytes_everywhere(tmp_path):
+    files.append_line(tmp_path / "x.jsonl", {"name": "Åsa"})
+    assert (tmp_path / "x.jsonl").read_bytes() == '{"name": "Åsa"}\n'.encode()
+
+
+def test_a_character_cut_in_two_by_a_crash_is_not_read(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes('{"a": 1}\n{"a": "Å'.encode()[:-1])
+    assert files.read_lines(path) == [{"a": 1}]
+
+
+def test_text_is_utf8_with_or_without_a_mark_and_errors_name_the_line(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xef\xbb\xbfseed: 1\r\nx: 2\r\n")
+    assert files.read_text(path) == "seed: 1\nx: 2\n"
+    path.write_bytes(b"seed: 1\nx: \xff\n")
+    with pytest.raises(ValueError, match=r"x.yaml, line 2: not UTF-8 \(byte 0xff\)"):
+        files.read_text(path)
+
+
+def test_one_process_at_a_time(tmp_path):
+    with files.locked(tmp_path), pytest.raises(ValueError, match="another fedgraft is running"), files.locked(tmp_path):
+        pass
+    with files.locked(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_gone_with_it(tmp_path):
+    code = (
+        "import sys, os, pathlib; from fedgraft import files\nwith files.locked(pathlib.Path(sys.argv[1])): print(1, flush=True); input()"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.read(1)
+        with pytest.raises(ValueError, match="another fedgraft is running"), files.locked(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+        with files.locked(tmp_path):
+            pass

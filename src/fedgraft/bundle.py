@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,9 +38,10 @@ class Bundle:
     def encode(self) -> bytes:
         """The bytes that travel and are stored, a function of the bundle alone."""
         # cloned, since safetensors refuses tensors that share memory, as two trees of one bundle may
-        copies = {f"{name}/{key}": leaf.detach().clone() for name, tree in self.trees.items() for key, leaf in tree.items()}
+        copies = {f"{name}/{key}": leaf.detach().clone().cpu() for name, tree in self.trees.items() for key, leaf in tree.items()}
         leaves = {path: leaf.contiguous() for path, leaf in copies.items()}
-        header = {"schema": SCHEMA, "facts": self.facts, "trees": sorted(self.trees)}
+        header: dict[str, Any] = {"schema": SCHEMA, "facts": self.facts, "trees": sorted(self.trees)}
+        header["sum"] = _sum(header, leaves)
         return encode_tensors(leaves, metadata={HEADER: json.dumps(header)})  # one key, since safetensors orders several at random
 
     @staticmethod
@@ -54,11 +57,15 @@ class Bundle:
             schema, facts, trees = int(header["schema"]), header.get("facts", {}), dict[str, Tree]()
             if schema <= SCHEMA:
                 trees = {name: {} for name in header["trees"]}
-                for path, leaf in decode_tensors(content).items():
+                leaves = decode_tensors(content)
+                if header.pop("sum", None) not in {None, _sum(header, leaves)}:
+                    raise ValueError("its checksum does not fit")
+                for path, leaf in leaves.items():
                     name, key = path.split("/", 1)
                     trees[name][key] = leaf
         except Exception as error:
-            raise ValueError(f"{source}: damaged or not written by fedgraft ({type(error).__name__}: {error})") from error
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{source}: damaged or not written by fedgraft ({why}); restore it from a copy, or start a new run") from error
         if schema > SCHEMA:
             raise ValueError(f"{source}: written by a newer fedgraft (schema {schema}, this one reads up to {SCHEMA}); upgrade fedgraft")
         return Bundle(trees=trees, facts=facts)
@@ -75,3 +82,8 @@ class Bundle:
             ValueError: as `decode`, naming the file.
         """
         return Bundle.decode(path.read_bytes(), str(path))
+
+
+def _sum(header: Mapping[str, Any], leaves: Tree) -> str:
+    """Checksum of all content, by which a flipped bit is found; files from before it was written have none."""
+    return hashlib.sha256(f"{json.dumps(header)}\n{digest(leaves)}".encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from fedgraft.account.rows import Rows, look_at_rows, response_share
 from fedgraft.account.take import Account, take_account
 from fedgraft.data.partition import load_clients
 from fedgraft.moe.family import Anatomy
-from fedgraft.moe.skeleton import skeleton, tokenizer_of
+from fedgraft.moe.memory import needed_by, room_for
+from fedgraft.moe.skeleton import is_local, skeleton
+from fedgraft.moe.tokenizer import load_tokenizer
 from fedgraft.recipe import Recipe, load_recipe, shipped
 from fedgraft.words import size
 
@@ -85,7 +87,8 @@ def check_up(target: str | None = None, overrides: list[str] | None = None, fold
     result = Checkup(target=target, recipe=recipe, machine=machine, findings=list(troubles(machine)))
     if recipe is not None:
         with _noting(result):
-            anatomy = skeleton(recipe.model.name, recipe.model.dtype)
+            recipe.model.check(local=is_local(recipe.model))
+            anatomy = skeleton(recipe.model)
             if _is_recipe(target):
                 with _noting(result):
                     result.rows = _rows(recipe)
@@ -108,7 +111,7 @@ def _noting(result: Checkup) -> Iterator[None]:
 
 
 def _rows(recipe: Recipe) -> list[Rows]:
-    tokenizer = tokenizer_of(recipe.model.name)
+    tokenizer = None if Path(recipe.model.name).is_file() else load_tokenizer(recipe.model.name)
     return [
         look_at_rows(client, recipe.data, tokenizer, batch=recipe.training.batch_size) for client in load_clients(recipe.data, recipe.seed)
     ]
@@ -120,10 +123,12 @@ def _examine(result: Checkup, recipe: Recipe, anatomy: Anatomy) -> None:
     result.layers = alike(layers_of(anatomy, (), {}, {}))
     method, share = recipe.build_method(), response_share(result.rows)
     work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype, predicting=share)
-    result.account = take_account(anatomy, method, recipe.lora, recipe.graft, work)
+    account = take_account(anatomy, method, recipe.lora, recipe.graft, work)
+    weights = needed_by(anatomy, recipe.model.quantise).weights
+    result.account = replace(account, memory=replace(account.memory, weights=weights))
     result.layers = result.account.layers
     result.findings += remarks(anatomy, result.layers, method, recipe.lora, recipe.graft)
-    device = _device(recipe)
+    device = recipe.model.target()
     rate = probe_rate(device, torch.bfloat16 if recipe.training.precision == "bf16" else getattr(torch, recipe.model.dtype))
     clients = len(result.rows) or recipe.data.clients
     seen = [one for one in result.rows if one.seen]
@@ -142,15 +147,15 @@ def _examine(result: Checkup, recipe: Recipe, anatomy: Anatomy) -> None:
 def _weigh(result: Checkup, recipe: Recipe, *, must_fit: bool) -> None:
     """Findings on memory and on rows that were cut."""
     if result.account is not None:
-        free, where = _room(result.machine, _device(recipe))
-        memory = result.account.memory
-        if memory.weights > free:
-            text = f"the base takes {size(memory.weights)} in {recipe.model.dtype}, {size(free)} of {where} memory are free"
+        room, memory = room_for(recipe.model), result.account.memory
+        there = f"{size(room.total)} are free ({', '.join(room.free)})"
+        if memory.weights > room.total and not room.unlimited:
+            text = f"the base takes {size(memory.weights)} in {recipe.model.dtype}, {there}"
             half = "set model.dtype: bfloat16, or " if recipe.model.dtype == "float32" else ""
             remedy = f"{half}take a smaller model or a larger machine"
             result.findings.append(Finding(severity="error" if must_fit else "warning", text=text, remedy=remedy))
-        elif memory.total > free:
-            text = f"training needs about {size(memory.total)}, {size(free)} of {where} memory are free"
+        elif memory.total > room.total and not room.unlimited:
+            text = f"training needs about {size(memory.total)}, {there}"
             remedy = "raise training.accumulation, set training.checkpointing: true, or lower data.max_length"
             result.findings.append(Finding(severity="warning", text=text, remedy=remedy))
     cut = [one for one in result.rows if one.seen and one.cut / one.seen >= CUT_SHARE]
@@ -158,14 +163,3 @@ def _weigh(result: Checkup, recipe: Recipe, *, must_fit: bool) -> None:
         listed = ", ".join(f"{one.client} {one.cut} of {one.seen}" for one in cut)
         text = f"training rows longer than data.max_length {recipe.data.max_length} are cut, many here: {listed}"
         result.findings.append(Finding(severity="warning", text=text, remedy="raise data.max_length if memory allows"))
-
-
-def _room(machine: Machine, device: torch.device) -> tuple[int, str]:
-    if device.type == "cuda" and machine.gpus:
-        return int(machine.gpus[device.index or 0]["free"]), "GPU"
-    return machine.memory_free, "main"
-
-
-def _device(recipe: Recipe) -> torch.device:
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(automatic if recipe.model.device == "auto" else recipe.model.device)

@@ -1,26 +1,38 @@
-"""Writing files so that a crash at any moment leaves either the old or the new one, never half of one."""
+"""Writing files so that a crash at any moment leaves either the old or the new one, never half of one; and one process per run folder.
+
+An `OSError` of a write names the file that was to be written. A write that has begun is finished before Ctrl-C or SIGTERM takes effect.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fedgraft.signals import deferred
+
+LOCK = ".lock"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write under a temporary name in the same folder, flush to the disk, rename over `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as sink:
-            sink.write(content)
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    with deferred(), _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with aside.open("wb") as sink:
+                sink.write(content)
+                sink.flush()
+                os.fsync(sink.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        _flush_folder(path.parent)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -35,10 +47,24 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_line(path: Path, value: Any) -> None:
     """Append one JSON line and flush it to the disk."""
-    with path.open("a", encoding="utf-8") as sink:
-        sink.write(json.dumps(value, ensure_ascii=False) + "\n")
+    with deferred(), _naming(path), path.open("ab") as sink:
+        sink.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
         sink.flush()
         os.fsync(sink.fileno())
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text.
+
+    Raises:
+        ValueError: it is not UTF-8; names file and line.
+    """
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 (byte {content[error.start]:#04x}); save the file as UTF-8") from None
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -49,15 +75,45 @@ def read_lines(path: Path) -> list[Any]:
     """
     if not path.exists():
         return []
-    complete = path.read_text(encoding="utf-8").split("\n")[:-1]
+    complete = path.read_bytes().split(b"\n")[:-1]  # bytes, since a crash may cut a character in two
     return [_parse(line, f"{path}, line {number}") for number, line in enumerate(complete, start=1) if line]
 
 
-def _parse(line: str, place: str) -> Any:
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """No other process runs in the folder meanwhile. The system keeps the lock, so that of a killed process is gone with it.
+
+    Raises:
+        ValueError: another one does.
+    """
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"{folder}: another fedgraft is running in this folder; wait until it has ended, or stop it with Ctrl-C (nothing is lost)"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors name the file that was to be written, where the system names none or a temporary one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def _parse(line: bytes, place: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{place}: damaged ({error})") from None
+        raise ValueError(f"{place}: damaged ({error}); restore the file from a copy, or start a new run") from None
 
 
 def _flush_folder(folder: Path) -> None:

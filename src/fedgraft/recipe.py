@@ -10,14 +10,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, ValidationError
 
-from fedgraft import plugins
+from fedgraft import files, plugins
 from fedgraft.aggregation.server import FederationSettings
 from fedgraft.data.settings import DataSettings
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.grafts.lora import LoraSettings
 from fedgraft.grafts.side_expert import GraftSettings
 from fedgraft.methods.method import Method
-from fedgraft.moe.load import EMBEDDED, ModelSettings
+from fedgraft.moe.settings import EMBEDDED, ModelSettings
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
@@ -147,7 +147,7 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe | None = None, over
         values = source
     else:
         path = find_recipe(source)
-        where, values = str(path), read_yaml(path.read_text(encoding="utf-8"), str(path))
+        where, values = str(path), read_yaml(files.read_text(path), str(path))
     values = dict(values or {})
     values.pop("schema", None)  # a run's own recipe.yaml carries one
     for override in overrides or []:

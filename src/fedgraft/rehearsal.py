@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedgraft import folders
 from fedgraft.account.rows import Rows, look_at_rows
 from fedgraft.bundle import Bundle
 from fedgraft.evaluation.personal import response_figures
 from fedgraft.methods.method import Method, Prediction, personal_leaves
 from fedgraft.recipe import Recipe, load_recipe
 from fedgraft.report.progress import Progress, Quiet
-from fedgraft.runner import Session, new_folder
+from fedgraft.runner import Session
 from fedgraft.training.client import Client
 from fedgraft.tree import combine, partition
 
@@ -50,7 +51,8 @@ def rehearse(
         ValueError: what `runner.run` would raise, or an output folder that could not be made.
     """
     checked = load_recipe(recipe, overrides)
-    folder = new_folder(out, checked.method.name)
+    folder = Path(out) if out is not None else folders.fresh(checked.method.name)
+    folders.refuse_occupied(folder)
     _check_writable(folder)
     session = Session(checked.absolute(), folder, progress or Quiet())
     session.progress.begin("rehearsal", len(session.clients) + 1)

@@ -16,6 +16,7 @@ from fedgraft.grafts.side_expert import GraftSettings
 from fedgraft.methods.flex import build
 from fedgraft.methods.method import Method
 from fedgraft.moe.family import Anatomy
+from fedgraft.moe.settings import ModelSettings
 from fedgraft.moe.skeleton import skeleton
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -23,7 +24,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @cache
 def full_size(name: str) -> Anatomy:
-    return skeleton(str(CONFIGS / f"{name}.json"), "bfloat16")
+    return skeleton(ModelSettings(name=str(CONFIGS / f"{name}.json"), dtype="bfloat16"))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from fedgraft.grafts.graft import GraftedModel
 from fedgraft.grafts.lora import LoraSettings
 from fedgraft.grafts.side_expert import GraftSettings
 from fedgraft.methods.flex import build
-from fedgraft.moe.load import Base, ModelSettings, load_base
+from fedgraft.moe.load import Base, load_base
+from fedgraft.moe.settings import ModelSettings
 from fedgraft.training.settings import TrainingSettings
 
 

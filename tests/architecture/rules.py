@@ -10,23 +10,25 @@ from pathlib import PurePath
 # Highest layer first. A module imports from lower rows, from its own part (cli, runner, grafts, ...), and within its row as BESIDE says.
 LAYERS = (
     {"cli"},
-    {"runner", "rehearsal", "checkup"},
+    {"rehearsal", "checkup"},
+    {"runner", "starter"},
+    {"folders", "origin", "trouble"},
     {"recipe"},
     {"engine", "evaluation", "report", "account"},
     {"methods"},
     {"training", "aggregation", "selection"},
     {"grafts", "moe", "data"},
-    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "words"},
+    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals", "words"},
 )
 BESIDE = {
     "grafts": {"moe"},
-    "rehearsal": {"runner"},
     "training": {"selection"},
     "bundle": {"tree", "address", "files"},
     "address": {"tree"},
+    "files": {"signals"},
 }
 # Foreign packages that only some parts may import; TYPES_ONLY names parts that may do so under `if TYPE_CHECKING:`.
-OWNERS = {"flwr": {"engine"}, "peft": {"grafts"}, "transformers": {"moe", "grafts"}}
+OWNERS = {"flwr": {"engine"}, "peft": {"grafts"}, "transformers": {"moe"}}
 TYPES_ONLY = {"transformers": {"data", "evaluation", "account"}}
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}
@@ -34,6 +36,21 @@ PLUGIN_FOLDERS = ("fedgraft.methods", "fedgraft.moe.families", "fedgraft.selecti
 FRAME = {"fedgraft.methods.method"}
 FILE_LINES, PLUGIN_LINES, FUNCTION_LINES = 300, 150, 60
 NAME_CHAIN = re.compile(r"^\s*elif .*(method|name|algorithm|model_type|family)\s*==")
+POSIX_MODULES = {"fcntl", "termios", "tty", "pty", "pwd", "grp", "resource", "syslog"}
+POSIX_CALLS = {
+    "os.fork",
+    "os.forkpty",
+    "os.kill",
+    "os.killpg",
+    "os.getuid",
+    "os.geteuid",
+    "os.setsid",
+    "os.mkfifo",
+    "os.chown",
+    "signal.alarm",
+}
+TEXT_CALLS = {"open", "read_text", "write_text"}
+NOT_TEXT = (["files"], ["os"], ["gzip"], ["webbrowser"])  # our own, which name encoding and line ends, and calls that take no encoding
 UNFINISHED = re.compile(r"\b(TODO|FIXME|for now)\b", re.IGNORECASE)
 
 
@@ -189,6 +206,36 @@ def no_print(module: str, source: str) -> list[str]:
     return [f"{node.lineno}: print()" for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
 
 
+def portable(module: str, source: str) -> list[str]:
+    """Runs on Linux, macOS and Windows alike: no POSIX-only module or call, text with its encoding, lines ended alike everywhere."""
+    found = [f"{item.line}: {item.name} is POSIX only" for item in imports(module, source) if item.name.split(".")[0] in POSIX_MODULES]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in POSIX_CALLS:
+            found.append(f"{node.lineno}: {ast.unparse(node)} is POSIX only")
+        if isinstance(node, ast.Constant) and node.value in {"fork", "forkserver"}:
+            found.append(f"{node.lineno}: processes are started by spawn alone")
+        if isinstance(node, ast.Call):
+            found += [f"{node.lineno}: {what}" for what in _text_call(node)]
+    return found
+
+
+def _text_call(node: ast.Call) -> list[str]:
+    """What a call of open(), path.open(), path.read_text() or path.write_text() leaves to the machine."""
+    *owner, name = ast.unparse(node.func).split(".")
+    if name not in TEXT_CALLS or owner[:1] in NOT_TEXT or (not owner and name != "open"):
+        return []
+    arguments = [argument.value if isinstance(argument, ast.Constant) else None for argument in node.args]
+    if name == "open" and owner and arguments and not isinstance(arguments[0], str):  # something else's `open`
+        return []
+    modes = [value for value in arguments if isinstance(value, str) and re.fullmatch("[rwaxbt+]+", value)] if name == "open" else []
+    mode = modes[0] if modes else {"write_text": "w"}.get(name, "r")
+    needed = [] if "b" in mode else ["encoding", "newline"] if set(mode) & set("wax+") else ["encoding"]
+    named = {keyword.arg for keyword in node.keywords}
+    if len(arguments) > {"read_text": 0, "write_text": 1, "open": 2 if owner else 3}[name]:
+        named.add("encoding")
+    return [f"{name} without {what}" for what in needed if what not in named]
+
+
 def unfinished(module: str, source: str) -> list[str]:
     """No marks of unfinished work."""
     return [f"{number}: {line.strip()}" for number, line in enumerate(source.splitlines(), 1) if UNFINISHED.search(line)]
@@ -204,5 +251,6 @@ RULES = (
     name_chains,
     docstrings,
     no_print,
+    portable,
     unfinished,
 )

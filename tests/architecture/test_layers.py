@@ -74,6 +74,14 @@ BAD = [
     (rules.docstrings, "fedgraft.tree", '"""M."""\n\nclass A:\n    """A."""\n\n    def f(self):\n        pass'),
     (rules.docstrings, "fedgraft.tree", '"""M."""\n\nclass A:\n    x = 1'),
     (rules.no_print, "fedgraft.report.table", "print('x')"),
+    (rules.portable, "fedgraft.files", "import fcntl"),
+    (rules.portable, "fedgraft.files", "def f():\n    from resource import getrusage"),
+    (rules.portable, "fedgraft.files", "import os\nos.fork()"),
+    (rules.portable, "fedgraft.files", "multiprocessing.get_context('fork')"),
+    (rules.portable, "fedgraft.files", "open('x')"),
+    (rules.portable, "fedgraft.files", "path.read_text()"),
+    (rules.portable, "fedgraft.files", "path.open('a', encoding='utf-8')"),
+    (rules.portable, "fedgraft.files", "path.write_text('x', encoding='utf-8')"),
     (rules.unfinished, "fedgraft.tree", "x = 1  # TO" + "DO: more"),
     (rules.unfinished, "fedgraft.tree", "# enough for" + " now"),
 ]
@@ -99,6 +107,16 @@ GOOD = [
     (rules.name_chains, "fedgraft.tree", "if a:\n    pass\nelif size == 3:\n    pass"),
     (rules.docstrings, "fedgraft.tree", '"""M."""\n\ndef _f():\n    def g():\n        pass'),
     (rules.no_print, "fedgraft.cli", "print('x')"),
+    (
+        rules.portable,
+        "fedgraft.files",
+        "path.open('wb')\npath.open('w', encoding='utf-8', newline='\\n')\nfiles.read_text(path)\nos.open(x, 1)",
+    ),
+    (
+        rules.portable,
+        "fedgraft.files",
+        "method.open(method)\npath.read_text('utf-8')\nopen(path, 'rb')",
+    ),
 ]
 
 

@@ -35,5 +35,16 @@ def test_start_up_loads_nothing_heavy(statement):
     assert loaded_by(statement) & HEAVY == set()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["--version"], ["run", "--help"], *(["list", kind] for kind in ("methods", "families", "criteria", "datasets", "method"))],
+    ids=" ".join,
+)
+def test_help_lists_and_mistakes_load_nothing_heavy(words):
+    """`list` reads docstrings without running the modules."""
+    code = f"import sys\nsys.argv = {['fedgraft', *words]!r}\nfrom fedgraft.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass"
+    assert loaded_by(code) & HEAVY == set()
+
+
 def test_the_probe_sees_what_is_loaded():
     assert "fractions" in loaded_by("import fractions")

@@ -178,7 +178,7 @@ def test_file_named_after_a_split_is_no_client(tmp_path):
         own(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["two words", "a/b", "..", "ü", ""])
+@pytest.mark.parametrize("name", ["two words", "a/b", "..", "ü", "", "a.", "NUL", "aux.txt", "com1"])
 def test_category_that_cannot_name_a_folder(tmp_path, name):
     mine(tmp_path, "own.jsonl", rows(2, category=name or " "))
     if not name:

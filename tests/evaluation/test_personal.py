@@ -9,11 +9,15 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
+from fedgraft import seeds
 from fedgraft.bundle import Bundle
 from fedgraft.data.batches import encode, prompt_ids
 from fedgraft.evaluation import personal
 from fedgraft.evaluation.personal import evaluate_client, generate, response_figures, rouge_l
 from fedgraft.evaluation.settings import EvaluationSettings
+from fedgraft.grafts.graft import GraftedModel
+from fedgraft.grafts.lora import LoraSettings
+from fedgraft.grafts.side_expert import GraftSettings
 from fedgraft.methods import fedavg, flex
 from fedgraft.methods.method import Prediction
 from fedgraft.training.settings import TrainingSettings
@@ -48,6 +52,50 @@ def test_response_figures_are_those_of_single_rows(client, prediction, batch_siz
     assert figures["token_accuracy"] == wanted["token_accuracy"]
     assert figures["response_tokens"] == wanted["response_tokens"] == sum(len(row.response) + 1 for row in client.data.test)
     assert (figures["rows"], figures["truncated"]) == (7, 1)
+
+
+def gates_by_hand(client, model, rows):
+    """Mean of 1 / (1 + exp(-(g.x + b))) per layer and graft, one row at a time, from the inputs that the experts modules are given."""
+    base, inputs, sums, tokens = client.model.base, {}, {}, 0
+    handles = [
+        site.experts.register_forward_pre_hook(lambda module, args, layer=site.layer: inputs.update({layer: args[0]}))
+        for site in base.sites
+    ]
+    for example in rows:
+        row, _ = encode(example, base.tokenizer, client.data_settings.template, client.data_settings.max_length)
+        with torch.no_grad(), client.model.using(model.tree, model.experts):
+            base.model(torch.tensor([row.ids]))
+        tokens += len(row.ids)
+        for site, chosen in zip(base.sites, model.experts, strict=True):
+            for number in range(len(chosen)):
+                head = f"layers.{site.layer}.side.{number}.mix."
+                score = inputs[site.layer].double() @ model.tree[head + "weight"].double() + model.tree.get(head + "bias", 0.0)
+                sums[site.layer, number] = sums.get((site.layer, number), 0.0) + float((1 / (1 + torch.exp(-score))).sum())
+    for handle in handles:
+        handle.remove()
+    return [[sums[site.layer, number] / tokens for number in range(len(model.experts[0]))] for site in base.sites]
+
+
+@pytest.mark.parametrize("per_layer", [1, 2])
+def test_gate_means_are_over_real_tokens(client, tiny_base, per_layer):
+    """Rows of different lengths in one batch, so that a padded token would move the mean; two grafts have a mean each."""
+    model = GraftedModel(tiny_base("qwen2_moe"), LoraSettings(rank=2), GraftSettings(per_layer=per_layer, gate_start="low"))
+    experts = [[3, 1][:per_layer], [5, 2][:per_layer]]
+    with seeds.torch_default(1):
+        tree = {key: leaf + 0.2 * torch.randn_like(leaf) for key, leaf in model.fresh_side(experts, 0).items()}
+    grafted, prediction = replace(client, model=model), Prediction(tree=tree, experts=experts)
+    wanted = gates_by_hand(grafted, prediction, client.data.test)
+    found = response_figures(grafted, prediction, client.data.test, 4)["gate_mean"]
+    assert len({round(mean, 4) for layer in wanted for mean in layer}) == 2 * per_layer
+    assert [len(layer) for layer in found] == [per_layer] * 2
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_gates_are_measured_only_where_there_are_some(client, prediction):
+    assert "gate_mean" not in response_figures(client, BASE, client.data.test, 4)
+    attention = Prediction(tree={key: leaf for key, leaf in prediction.tree.items() if ".attention." in key}, experts=[])
+    assert "gate_mean" not in response_figures(client, attention, client.data.test, 4)
+    assert client.model._side._see_gate is None
 
 
 def test_right_tokens_are_counted(client, prediction, monkeypatch):

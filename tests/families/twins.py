@@ -169,7 +169,9 @@ def twin(model_type: str, experts: str | None = None) -> Any:
     with seeds.torch_default(0):
         model = AutoModelForCausalLM.from_config(config_of(model_type), **options)
         for name, parameter in model.named_parameters():
-            scale, shift = (parameter.shape[-1] ** -0.5, 0.0) if parameter.ndim > 1 else (0.05, 1.0 if "norm" in name else 0.0)
+            scale, shift = (
+                (parameter.shape[-1] ** -0.5, 0.0) if parameter.ndim > 1 else (0.05, 1.0 if "norm" in name or "scale" in name else 0.0)
+            )
             parameter.data.normal_(shift, scale)
     return model.eval().requires_grad_(False)
 

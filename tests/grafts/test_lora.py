@@ -90,3 +90,30 @@ def test_scale_takes_fractions(tiny_base, tiny_graft):
         torch.testing.assert_close(
             logits(model.base), logits(merge_attention(tiny_base("mixtral"), tree, math.pi / 4)), rtol=1e-5, atol=1e-5
         )
+
+
+def test_it_is_pefts_lora(tiny_base, tiny_graft):
+    """The same factors in PEFT's own layers: logits and gradients agree bit for bit."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = tiny_graft("olmoe", targets=("q", "o"))
+    tree = {key: leaf.requires_grad_() for key, leaf in random_leaves(model.fresh_adapters(0)).items()}
+    network = tiny_base("olmoe").model
+    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.0, target_modules=["q_proj", "o_proj"])
+    inject_adapter_in_model(config, network, "peft")
+    factors = {}
+    for key, leaf in tree.items():
+        _, layer, _, role, part = key.split(".")
+        module = network.get_submodule(f"model.layers.{layer}.self_attn.{role}_proj")
+        factors[key] = getattr(module, f"lora_{part}")["peft"].weight
+        factors[key].data.copy_(leaf.detach())
+    network.eval()
+    ids = torch.randint(3, 259, (2, 9))
+    with model.using(tree, []):
+        ours = model.base.model(ids).logits
+        ours.square().mean().backward()
+    theirs = network(ids).logits
+    theirs.square().mean().backward()
+    assert torch.equal(ours, theirs)
+    for key, leaf in tree.items():
+        assert torch.equal(leaf.grad, factors[key].grad)

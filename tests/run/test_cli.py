@@ -214,7 +214,7 @@ def test_the_terminal_is_given_back_after_an_error(command, monkeypatch, error):
     def failing(*_, **__):
         raise error
 
-    monkeypatch.setattr(cli.frame, "make_progress", lambda quiet: Watched())
+    monkeypatch.setattr(cli.frame, "make_progress", lambda quiet, verbose: Watched())
     monkeypatch.setattr(runner, "run", failing)
     assert command("run").code in {2, 130}
     assert closed

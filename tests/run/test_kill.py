@@ -98,7 +98,8 @@ def test_killed_before_every_change_on_disk(driver, world, tmp_path, method):
         assert outcome(folder) == wanted, f"killed before {moment}, then before change {1 + number % 7} of the resume"
 
 
-def test_interrupted_by_the_user(driver: Driver, world: World, tmp_path: Path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_the_user_or_a_batch_system(driver: Driver, world: World, tmp_path: Path, number: int, code: int):
     rounds = 20
     sections = {"federation": {"rounds": rounds}, "evaluation": LEAN["evaluation"]}
     recipe, folder = world.recipe(**sections), tmp_path / "run"
@@ -108,9 +109,9 @@ def test_interrupted_by_the_user(driver: Driver, world: World, tmp_path: Path):
     deadline = time.monotonic() + 120
     while len(files.read_lines(folder / "rounds.jsonl")) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert f"fedgraft resume {folder}" in err
     assert "Traceback" not in err
     assert out == ""

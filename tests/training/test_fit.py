@@ -118,6 +118,16 @@ def test_dropout_is_a_function_of_the_seed(tiny_graft):
     assert not equal(run(model, leaves(model), batches(2), seed=4).tree, first.tree)
 
 
+def test_every_step_is_reported_with_its_loss_and_nothing_else_changes(tiny_graft):
+    model, heard = tiny_graft("olmoe", dropout=0.2), []
+    tree, steps = leaves(model), batches(3)
+    silent = run(model, tree, steps)
+    told = run(model, tree, steps, report=lambda *words: heard.append(words))
+    assert equal(silent.tree, told.tree)
+    assert [(done, total) for done, total, _ in heard] == [(1, 3), (2, 3), (3, 3)]
+    assert fmean(loss for *_, loss in heard) == pytest.approx(told.loss, abs=1e-12)
+
+
 def test_without_dropout_the_seed_has_no_effect(tiny_graft):
     model = tiny_graft("olmoe")
     assert equal(run(model, leaves(model), batches(2), seed=3).tree, run(model, leaves(model), batches(2), seed=4).tree)
@@ -184,6 +194,21 @@ def test_router_aux_adds_the_load_balancing_loss(tiny_graft, family, checkpointi
     assert result.loss == pytest.approx(fmean(losses), rel=1e-6)
     without = run(model, start, batches(3), lr=4e-5).tree["layers.0.attention.q.A"]
     assert (result.tree["layers.0.attention.q.A"] - without).abs().max() > 2e-5
+
+
+def test_router_aux_is_refused_where_the_model_computes_none(tiny_graft):
+    config = {"num_experts": 8, "moe_intermediate_size": 16, "intermediate_size": 32, "num_shared_experts": 1, "head_dim": 8}
+    model = tiny_graft("glm4_moe", base={**config, "n_routed_experts": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0})
+    with pytest.raises(ValueError, match=r"training\.router_aux: this architecture computes no load-balancing loss"):
+        run(model, leaves(model), batches(1), TrainingSettings(router_aux=0.1))
+
+
+def test_a_router_that_adds_noise_while_training_routes_as_in_use(tiny_graft):
+    """PhiMoE's router draws a uniform jitter in train mode; without dropout every seed then gives the same result."""
+    model = tiny_graft("phimoe", base={"num_local_experts": 8, "intermediate_size": 16, "router_jitter_noise": 0.5}, gate_start="low")
+    start = leaves(model)
+    results = [run(model, start, batches(2), seed=seed).tree for seed in (0, 1)]
+    assert equal(*results)
 
 
 def test_fixed_leaves_act_and_stay(tiny_graft):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +26,7 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
 IsQuiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+IsVerbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line of progress per client and round.")]
 STATE = {"debug": False}
 
 
@@ -46,19 +46,33 @@ def options(
 
 
 @contextmanager
-def reporting(quiet: bool, folder: Path | None = None) -> Iterator[Progress]:
-    """Progress that leaves the terminal as it was; Ctrl-C ends in exit code 130 and how to go on (`folder`: the run that was there)."""
-    progress = make_progress(quiet)
+def reporting(quiet: bool, verbose: bool = False, folder: Path | None = None) -> Iterator[Progress]:
+    """Progress that leaves the terminal as it was.
+
+    Ctrl-C ends in exit code 130, SIGTERM in 143, both with how to go on (`folder`: the run that was there).
+    """
+    from fedgraft.signals import Terminated, terminating
+
+    progress = make_progress(quiet, verbose)
     try:
-        yield progress
+        with terminating():
+            yield progress
     except KeyboardInterrupt as stop:
         progress.close()
-        left = getattr(stop, "folder", folder)
-        hint = f"What was finished is saved; continue with: fedgraft resume {shlex.quote(str(left))}" if left else "Nothing was begun."
-        console(stderr=True).print(f"Stopped. {hint}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
+        _say_stopped(getattr(stop, "folder", folder))
+        terminated = isinstance(stop, Terminated) or isinstance(stop.__cause__, Terminated)
+        raise typer.Exit(143 if terminated else 130) from None
     finally:
         progress.close()
+
+
+def _say_stopped(folder: Path | None) -> None:
+    hint = "Nothing was begun."
+    if folder is not None:
+        from fedgraft.report.record import resume_command
+
+        hint = f"What was finished is saved; continue with: {resume_command(folder)}"
+    console(stderr=True).print(f"Stopped. {hint}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def starting(quiet: bool) -> AbstractContextManager[object]:
@@ -67,14 +81,16 @@ def starting(quiet: bool) -> AbstractContextManager[object]:
     return terminal.status("starting") if terminal.is_terminal and not quiet else nullcontext()
 
 
-def make_progress(quiet: bool) -> Progress:
+def make_progress(quiet: bool, verbose: bool) -> Progress:
     """Bars in a terminal, lines elsewhere, nothing when quiet."""
     from fedgraft.report.progress import Bars, Lines, Quiet
 
     if quiet:
         return Quiet()
     terminal = console(stderr=True)
-    return Bars(terminal) if terminal.is_terminal else Lines(lambda line: print(line, file=sys.stderr, flush=True))
+    if terminal.is_terminal:
+        return Bars(terminal, verbose)
+    return Lines(lambda line: print(line, file=sys.stderr, flush=True), verbose=verbose)
 
 
 def print_json(value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedgraft.cli.frame import AsJson, IsQuiet, app, print_json, reporting, starting
+from fedgraft.cli.frame import AsJson, IsQuiet, IsVerbose, app, print_json, reporting, starting
 from fedgraft.cli.rehearse import rehearse
 from fedgraft.cli.tables import print_cost, print_tables
 
@@ -25,15 +25,15 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Go through everything up to the first step; write nothing.")] = False,
     as_json: AsJson = False,
     quiet: IsQuiet = False,
+    verbose: IsVerbose = False,
 ) -> None:
     """Run a recipe and print its tables."""
     if dry_run:
         rehearse(recipe, out, set_, as_json=as_json, quiet=quiet)
         return
-    with starting(quiet or as_json):
-        from fedgraft.runner import run as execute
-
-    with reporting(quiet or as_json) as progress:
+    with reporting(quiet or as_json, verbose) as progress:
+        with starting(quiet or as_json):
+            from fedgraft.runner import run as execute
         record = execute(recipe, out=out, overrides=set_, progress=progress)
     _show_run(record, as_json)
 
@@ -44,12 +44,12 @@ def resume(
     rounds: Annotated[int | None, typer.Option("--rounds", help="Extend the run to so many rounds.")] = None,
     as_json: AsJson = False,
     quiet: IsQuiet = False,
+    verbose: IsVerbose = False,
 ) -> None:
     """Continue a run that was stopped, or extend a finished one."""
-    with starting(quiet or as_json):
-        from fedgraft.runner import resume as execute
-
-    with reporting(quiet or as_json, folder) as progress:
+    with reporting(quiet or as_json, verbose, folder) as progress:
+        with starting(quiet or as_json):
+            from fedgraft.runner import resume as execute
         record = execute(folder, rounds=rounds, progress=progress)
     _show_run(record, as_json)
 

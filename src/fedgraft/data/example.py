@@ -44,7 +44,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         text = _decode(line, place)
         if text.strip():
             found = True
-            yield place, _parse(text, place)
+            yield place, _parse(text.rstrip(), place)  # a column of the line, not of the one after it
     if not found:
         raise ValueError(f"{path}: the file holds no rows; write one JSON object per line")
 

@@ -17,7 +17,8 @@ from fedgraft.data.example import SPLITS, SUFFIXES, Example
 from fedgraft.data.settings import DataSettings
 from fedgraft.seeds import numpy_rng
 
-SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+SAFE_NAME = re.compile(r"[A-Za-z0-9_-]([A-Za-z0-9._-]*[A-Za-z0-9_-])?")
+DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no file or folder on Windows can be called that
 Splits: TypeAlias = dict[str, list[Example]]
 Counts: TypeAlias = NDArray[np.int64]
 
@@ -230,9 +231,10 @@ def _client_files(path: str | None) -> list[Path]:
 def _check(clients: list[ClientData], settings: DataSettings) -> None:
     seen: dict[str, str] = {}
     for client in clients:
-        if not SAFE_NAME.fullmatch(client.name):
+        if not SAFE_NAME.fullmatch(client.name) or DEVICE.fullmatch(client.name):
             raise ValueError(
-                f"client name {client.name!r} cannot name a folder: use letters, digits, '.', '_' and '-', not starting with '.'"
+                f"client name {client.name!r} cannot name a folder: use letters, digits, '.', '_' and '-', no '.' at either end, "
+                "and no name of a device such as con or nul"
             )
         if client.name.lower() in seen:
             raise ValueError(

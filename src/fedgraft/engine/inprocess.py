@@ -9,6 +9,7 @@ from typing import TypeAlias
 from fedgraft.aggregation.server import Reply
 from fedgraft.bundle import Bundle
 from fedgraft.training.client import Client, MemoryStore
+from fedgraft.training.fit import NotFiniteError
 
 Question: TypeAlias = Callable[[Client, Bundle], Bundle]
 """The client's half of a question: (client, package) -> reply."""
@@ -38,22 +39,32 @@ class InProcess:
     traffic: Traffic = field(default_factory=Traffic)
     on_send: Callable[[str, str, bytes], None] = lambda question, client, content: None
     """Sees every reply as bytes, before the coordinator does."""
+    on_failure: Callable[[str, str], None] = lambda client, reason: None
+    """Hears of every client whose training failed."""
 
     def ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
-        """Put one question to many clients, one after another."""
+        """Put one question to many clients, one after another.
+
+        A client whose loss is not finite is stopped: its reply is lost, its memory stays as it was before the question.
+        """
         version = self.asked
         self.asked += 1
         for name, package in packages.items():
-            yield Reply(client=name, bundle=self._answer(question, name, package, version))
+            try:
+                bundle = self._answer(question, name, package, version)
+            except NotFiniteError as error:
+                self.on_failure(name, str(error))
+            else:
+                yield Reply(client=name, bundle=bundle)
 
     def _answer(self, question: str, name: str, package: Bundle, version: int) -> Bundle:
         sent = package.encode()
+        self.traffic.down += len(sent)
         client = self.open_client(name)
         client.memory = before = self.store.load(name, version)
         reply = self.questions[question](client, Bundle.decode(sent)).encode()
         if client.memory is not before:
             self.store.save(name, version + 1, client.memory, self.committed)
         self.on_send(question, name, reply)
-        self.traffic.down += len(sent)
         self.traffic.up += len(reply)
         return Bundle.decode(reply)

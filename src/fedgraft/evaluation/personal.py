@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def evaluate_client(method: Method, client: Client, package: Bundle, settings: E
     models = {name: model for name, model in method.answer(method, client, package).items() if name in settings.models}
     rows = getattr(client.data, settings.split)[: settings.rows]
     results: dict[str, Any] = {}
-    for name, model in models.items():
+    for done, (name, model) in enumerate(models.items()):
+        client.report(done, len(models), note=f"model {name}")
         figures = response_figures(client, model, rows, settings.batch_size)
         if settings.generate and name in settings.generate_models:
             figures["rougeL"] = rouge_l(client, model, rows[: settings.generate_rows], settings)
@@ -36,19 +38,22 @@ def evaluate_client(method: Method, client: Client, package: Bundle, settings: E
     return Bundle(facts={"models": results})
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def response_figures(client: Client, model: Prediction, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
     """Teacher-forced figures over the response tokens of `examples`.
 
     Returns:
-        loss (nats per response token), perplexity, token_accuracy in [0, 1], rows, truncated rows, response_tokens.
+        loss (nats per response token), perplexity, token_accuracy in [0, 1], rows, truncated rows, response_tokens; for a model with grafts
+        also gate_mean [L][r], the mean of sigmoid(g.x) over all tokens of the rows, prompts included.
     """
-    base = client.model.base
+    base, gates = client.model.base, _Gates()
     rows, truncated = encode_all(list(examples), base.tokenizer, client.data_settings)
     nll, right, tokens = 0.0, 0, 0
-    with client.model.using(model.tree, model.experts):
+    watching = client.model.watching_gates(gates.see) if model.experts else nullcontext()
+    with client.model.using(model.tree, model.experts), watching:
         for _, cpu_batch in batches_in_order(rows, batch_size, base.pad_id):
             batch = cpu_batch.to(base.device)
+            gates.expect(batch.mask != 0)
             with autocast(client.training.precision, base.device), base.logits_at(batch.predicting):
                 logits = base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
             sums = _response_sums(logits.float(), batch.targets)
@@ -61,7 +66,29 @@ def response_figures(client: Client, model: Prediction, examples: Sequence[Examp
         "rows": len(rows),
         "truncated": truncated,
         "response_tokens": tokens,
+        **({"gate_mean": means} if (means := gates.means()) else {}),
     }
+
+
+class _Gates:
+    """Running means of the gates over the tokens that are no padding."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[int, int], Tensor | float] = {}
+        self.real, self.tokens = torch.zeros(0, dtype=torch.bool), 0
+
+    def expect(self, real: Tensor) -> None:
+        """The next forward sees these tokens, [B, T] bool."""
+        self.real, self.tokens = real.flatten(), self.tokens + int(real.sum())
+
+    def see(self, layer: int, number: int, gate: Tensor) -> None:
+        """Gate values [B x T] of one graft in that forward."""
+        self.sums[layer, number] = self.sums.get((layer, number), 0.0) + gate[self.real].double().sum()
+
+    def means(self) -> list[list[float]]:
+        """[L][r], layers with a graft in their order; empty without any."""
+        means = {place: float(total) / max(1, self.tokens) for place, total in sorted(self.sums.items())}
+        return [[mean for (at, _), mean in means.items() if at == layer] for layer in dict.fromkeys(layer for layer, _ in means)]
 
 
 def _response_sums(logits: Tensor, targets: Tensor) -> tuple[float, float, float]:
@@ -70,7 +97,7 @@ def _response_sums(logits: Tensor, targets: Tensor) -> tuple[float, float, float
     return float(nll), float((logits.argmax(-1) == targets).sum()), float(targets.numel())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def rouge_l(client: Client, model: Prediction, examples: Sequence[Example], settings: EvaluationSettings) -> float:
     """Mean ROUGE-L F1 (rouge-score, stemmer) of greedy answers, in percent."""
     from rouge_score.rouge_scorer import RougeScorer
@@ -81,7 +108,7 @@ def rouge_l(client: Client, model: Prediction, examples: Sequence[Example], sett
     return float(100 * sum(scores) / max(1, len(scores)))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(client: Client, model: Prediction, examples: Sequence[Example], settings: EvaluationSettings) -> list[str]:
     """Greedy answers with a KV cache, batched; prompts are padded on the left."""
     base, data = client.model.base, client.data_settings

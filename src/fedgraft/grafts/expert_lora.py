@@ -54,7 +54,7 @@ class ExpertPairs:
                 token, place = torch.where(index == number)
                 output = self._expert(site, held, number, x[token])
                 total = total.index_add(0, token, (output * weight[token, place, None]).to(total.dtype))
-            return total
+            return total.view_as(args[0] if args else kwargs["hidden_states"])
 
         return forward
 

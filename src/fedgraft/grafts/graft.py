@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import Tensor
 
 from fedgraft.grafts.expert_lora import ExpertPairs, expert_shapes
-from fedgraft.grafts.lora import LoraSettings, LowRank, Shapes, fresh_pairs, low_rank_shapes
+from fedgraft.grafts.lora import LoraSettings, LowRank, Shapes, chosen_projections, fresh_pairs, low_rank_shapes
 from fedgraft.grafts.router import RouterRows, router_shapes
-from fedgraft.grafts.side_expert import GraftSettings, SideExperts
+from fedgraft.grafts.side_expert import GraftSettings, SeeGate, SideExperts
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.load import Base
+from fedgraft.moe.projections import Projection
+from fedgraft.moe.weights import compute_device, plain, stored
 from fedgraft.tree import Tree, digest
 
+PROBE_TOKENS = 16
 Experts = list[list[int]]
 """Source expert of every graft, [L][r]; empty when a client has no graft."""
 
@@ -30,6 +34,10 @@ class GraftedModel:
         """
         self.base, self.lora_settings, self.graft_settings = base, lora, graft
         self._frozen = dict(base.model.named_parameters())
+        self._holders = {name: base.model.get_submodule(name.rpartition(".")[0]) for name in self._frozen}
+        linears = [(projection.layer, base.model.get_submodule(projection.path)) for projection in base.projections]
+        parts = [*linears, *((site.layer, site.experts) for site in base.sites)]  # a decoder layer lies on one device
+        self._devices = {f"layers.{layer}": compute_device(part) for layer, part in parts}
         self._pairs: Shapes = low_rank_shapes(base, lora)
         self._adapters: list[LowRank | RouterRows | ExpertPairs] = [LowRank(base, lora)]
         self._router = RouterRows(base) if "router" in lora.targets else None
@@ -39,6 +47,7 @@ class GraftedModel:
             self._pairs |= expert_shapes(base, lora)
             self._adapters.append(ExpertPairs(base, lora))
         self._side = SideExperts(base, graft, lora)
+        _check_they_run(base, chosen_projections(base, lora.targets))
 
     def fresh_adapters(self, seed: int) -> Tree:
         """New leaves of everything in `lora.targets`, on the CPU, the same on every site for the same seed."""
@@ -48,16 +57,21 @@ class GraftedModel:
         """New leaves of the grafted experts and their gates, on the CPU."""
         return self._side.fresh(experts, seed)
 
+    def placed(self, tree: Mapping[str, Tensor]) -> Tree:
+        """The leaves where their layers compute; a leaf that is there already stays the same object."""
+        inputs = self.base.device
+        return {key: leaf.to(self._devices.get(".".join(key.split(".", 2)[:2]), inputs)) for key, leaf in tree.items()}
+
     @contextmanager
     def using(self, tree: Mapping[str, Tensor], experts: Experts) -> Iterator[None]:
-        """Predict with `tree`, moved to the model's device, inside the block; the plain base model outside.
+        """Predict with `tree`, moved to its layers' devices, inside the block; the plain base model outside.
 
         Keep it open through `backward`: with gradient checkpointing the forward is run again there.
 
         Raises:
             ValueError: a leaf would have no effect: its address is unknown, not a LoRA target, or of a graft that `experts` lacks.
         """
-        tree = {key: leaf.to(self.base.device) for key, leaf in tree.items()}  # a leaf that is there already stays the same object
+        tree = self.placed(tree)
         try:
             used = self._side.put(tree, experts).union(*(adapter.put(tree) for adapter in self._adapters))
             unknown = tree.keys() - used
@@ -69,9 +83,33 @@ class GraftedModel:
                 adapter.put({})
             self._side.put({}, [])
 
+    def watching_gates(self, see: SeeGate) -> AbstractContextManager[None]:
+        """Call `see` with the gate values of every graft in use, in every forward inside the block."""
+        return self._side.watching_gates(see)
+
     def frozen_digest(self) -> str:
         """Digest over every pretrained parameter, to show that none has changed."""
-        return digest({name: parameter.data for name, parameter in self._frozen.items()})
+        return digest({name: plain(stored(module, name.rpartition(".")[2])).detach() for name, module in self._holders.items()})
+
+
+def _check_they_run(base: Base, chosen: Sequence[Projection]) -> None:
+    """Check that every adapted layer runs in a forward; kernels that read its weights by themselves would leave its adapter without effect.
+
+    Raises:
+        ValueError: one does not.
+    """
+    silent = {projection.path for projection in chosen}
+    handles = [base.model.get_submodule(path).register_forward_hook(lambda *_, path=path: silent.discard(path)) for path in tuple(silent)]
+    try:
+        with torch.no_grad():
+            base.model(torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=base.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if silent:
+        raise ValueError(
+            f"lora.targets: {min(silent)} does not run as a layer of its own here, so an adapter would have no effect; leave it out"
+        )
 
 
 def adapter_shapes(anatomy: Anatomy, lora: LoraSettings) -> Shapes:

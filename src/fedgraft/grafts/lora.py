@@ -1,4 +1,4 @@
-"""LoRA on linear layers of the base, through PEFT, with the factors kept outside the model as leaves of a tree; and on single experts."""
+"""LoRA on linear layers of the base and on single experts, with the factors kept outside the model as leaves of a tree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedgraft import address, seeds
 from fedgraft.moe.expert import Expert
@@ -19,7 +19,6 @@ from fedgraft.moe.projections import Projection
 from fedgraft.settings import Section
 from fedgraft.tree import Tree
 
-ADAPTER = "fedgraft"
 Target: TypeAlias = Literal["q", "k", "v", "o", "mixer", "shared", "linear", "router", "experts"]
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 """Leaf address -> shape."""
@@ -42,42 +41,43 @@ class LoraSettings(Section):
 
 
 class LowRank:
-    """PEFT's LoRA layers around the chosen linear layers, empty until leaves are put in."""
+    """Low-rank terms on the chosen linear layers, added where their outputs leave; without leaves in use the layers run untouched.
+
+    The modules stay what they are and keep their names, whatever they are called and however their weights are stored.
+    """
 
     def __init__(self, anatomy: Anatomy, settings: LoraSettings) -> None:
-        """Inject the layers.
+        """Register the hooks.
 
         Raises:
             ValueError: a name in `lora.targets` matches nothing in the model.
         """
-        from peft import LoraConfig, inject_adapter_in_model
-
-        chosen = chosen_projections(anatomy, settings.targets)
-        self.slots: list[tuple[str, Any]] = []
-        if not chosen:
-            return
-        config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it by r and takes fractions
-            lora_dropout=settings.dropout,
-            target_modules=[projection.path for projection in chosen],
-        )
-        inject_adapter_in_model(config, anatomy.model, ADAPTER, low_cpu_mem_usage=True)
-        anatomy.model.eval()  # the injected dropout starts in train mode
-        self.slots = [(_head(projection), anatomy.model.get_submodule(projection.path)) for projection in chosen]
-        self.put({})
+        self.settings = settings
+        paths = {_head(projection): projection.path for projection in chosen_projections(anatomy, settings.targets)}
+        self.heads = list(paths)
+        self._active: dict[str, tuple[Tensor, Tensor]] = {}
+        for head, path in paths.items():
+            anatomy.model.get_submodule(path).register_forward_hook(self._hook(head))
 
     def put(self, tree: Mapping[str, Tensor]) -> set[str]:
         """Use the factors of `tree` and return their addresses; a pair that it lacks is switched off. Pointer work, nothing is copied."""
-        used = set()
-        for head, module in self.slots:
-            factor_a = tree.get(f"{head}.A")
-            module._disable_adapters = factor_a is None
-            if factor_a is not None:
-                module.lora_A[ADAPTER]._parameters["weight"] = factor_a
-                module.lora_B[ADAPTER]._parameters["weight"] = tree[f"{head}.B"]
-                used |= {f"{head}.A", f"{head}.B"}
-        return used
+        self._active = {head: (tree[f"{head}.A"], tree[f"{head}.B"]) for head in self.heads if f"{head}.A" in tree}
+        return {f"{head}.{part}" for head in self._active for part in "AB"}
+
+    def _hook(self, head: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            pair = self._active.get(head)
+            if pair is None:
+                return None
+            x = F.dropout(args[0].to(pair[0].dtype), self.settings.dropout, module.training)
+            return (output + low_rank_term(x, *pair, self.settings.alpha)).to(output.dtype)
+
+        return hook
+
+
+def low_rank_term(x: Tensor, factor_a: Tensor, factor_b: Tensor, alpha: float) -> Tensor:
+    """(alpha / rank) B A x for x [..., in], A [rank, in] and B [out, rank]."""
+    return F.linear(F.linear(x.to(factor_a.dtype), factor_a), factor_b) * (alpha / factor_a.shape[0])
 
 
 def chosen_projections(anatomy: Anatomy, targets: Sequence[Target]) -> list[Projection]:
@@ -144,9 +144,7 @@ class Pairs:
         return down + self._term("down", F.dropout(hidden, self.settings.dropout, training)).to(down.dtype)
 
     def _term(self, name: str, x: Tensor) -> Tensor:
-        factor_a, factor_b = self.leaves[f"{name}.A"], self.leaves[f"{name}.B"]
-        scale = self.settings.alpha / factor_a.shape[0]
-        return F.linear(F.linear(x.to(factor_a.dtype), factor_a), factor_b) * scale
+        return low_rank_term(x, self.leaves[f"{name}.A"], self.leaves[f"{name}.B"], self.settings.alpha)
 
 
 def _head(projection: Projection) -> str:

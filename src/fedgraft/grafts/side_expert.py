@@ -7,9 +7,10 @@ source expert; only the leaves are new memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from fedgraft.settings import Section
 from fedgraft.tree import Tree
 
 LOW_BIAS = -2.0
+SeeGate: TypeAlias = Callable[[int, int, Tensor], None]
+"""Called with layer, number of the graft in it and sigmoid(g.x) [T], T = batch x length tokens, padding included."""
 
 
 class GraftSettings(Section):
@@ -44,6 +47,8 @@ class GraftSettings(Section):
 class Side:
     """One graft in use: its source expert (frozen views) and its leaves by `projection.part`."""
 
+    place: tuple[int, int]
+    """Layer, and number of the graft in it."""
     source: Expert
     leaves: dict[str, Tensor]
     gate: Tensor
@@ -57,6 +62,7 @@ class SideExperts:
     def __init__(self, anatomy: Anatomy, graft: GraftSettings, lora: LoraSettings) -> None:
         self.anatomy, self.graft, self.lora = anatomy, graft, lora
         self._active: dict[int, list[Side]] = {}
+        self._see_gate: SeeGate | None = None
         for site in anatomy.sites:
             site.hooked.register_forward_hook(self._hook(site), with_kwargs=True)
 
@@ -73,7 +79,7 @@ class SideExperts:
                 head = address.side_expert(site.layer, number, "")
                 leaves = {name.removeprefix(head): leaf for name, leaf in tree.items() if name.startswith(head)}
                 source = self.anatomy.family.expert(site, expert)
-                sides.append(Side(source=source, leaves=leaves, gate=tree[key], bias=tree.get(bias)))
+                sides.append(Side(place=(site.layer, number), source=source, leaves=leaves, gate=tree[key], bias=tree.get(bias)))
                 used |= {key, *([bias] if bias in tree else []), *(head + name for name in leaves)}
             if sides:
                 self._active[site.layer] = sides
@@ -101,6 +107,15 @@ class SideExperts:
                     tree[address.side_mix(site.layer, number, "weight")] = family.router_row(site, expert).float().cpu().clone()
         return tree
 
+    @contextmanager
+    def watching_gates(self, see: SeeGate) -> Iterator[None]:
+        """Call `see` for every graft in use, in every forward inside the block."""
+        self._see_gate = see
+        try:
+            yield
+        finally:
+            self._see_gate = None
+
     def _hook(self, site: Site) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             sides = self._active.get(site.layer)
@@ -115,6 +130,8 @@ class SideExperts:
 
     def _gated(self, side: Side, x: Tensor) -> Tensor:
         mix = torch.sigmoid(F.linear(x.to(side.gate.dtype), side.gate[None], None if side.bias is None else side.bias[None]))
+        if self._see_gate is not None:
+            self._see_gate(*side.place, mix.detach().flatten())
         grafted = self._expert(side, x)
         if self.graft.form == "preserving":
             grafted = grafted - side.source(x)

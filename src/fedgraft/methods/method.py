@@ -72,7 +72,7 @@ def absorb_updates(method: Method, server: Server, replies: Iterator[Reply]) -> 
 def grow_graft(method: Method, client: Client, package: Bundle) -> Bundle:
     """Choose the source experts on the client's own text and start its graft from them; replies with the choice alone."""
     per_layer = client.model.graft_settings.per_layer
-    choice = select_experts(client.model.base, client.calibration(), client.selection, per_layer, client.seed, client.name)
+    choice = select_experts(client.model.base, client.calibration(), client.selection, per_layer, client.seed, client.name, client.report)
     client.remember(trees={}, facts={"experts": choice.experts})
     client.remember(trees={"personal": personal_leaves(method, client)})
     return Bundle(facts={"experts": choice.experts, "errors": choice.errors, "calibration_tokens": choice.tokens})

@@ -20,8 +20,10 @@ ROLES: dict[str, str] = {
 """Role -> names of the modules that serve it; low-rank (multi-head latent) attention serves one with two, k and v with the same."""
 FUSED = ("qkv_proj", "Wqkv", "query_key_value")
 """Modules that serve q, k and v at once."""
-APART = ("indexer", "compressor", "forget_gate")
-"""Parts of an attention that are not its projections: what picks the tokens it looks at, or how fast it forgets."""
+APART = ("compressor", "forget_gate")
+"""Parts of an attention that are not its projections: what sums tokens up, or how fast it forgets."""
+LEFT_OUT = ("indexer", "router", "dt_proj")
+"""Parts that choose tokens or experts (no gradient passes, or they are adapted by other means), and one whose weights are read directly."""
 SUFFIX = re.compile(r"_proj(?=_|$)|_with_mqa$")
 
 
@@ -51,7 +53,11 @@ def find_projections(model: Any, sites: Sequence[Site]) -> list[Projection]:
     routers = {id(part) for site in sites for part in site.router.modules()}
     found = []
     for number, layer in model.get_submodule(stack).named_children():
-        linears = {path: part for path, part in layer.named_modules() if _is_plain(part) and id(part) not in routers}
+        linears = {
+            path: part
+            for path, part in layer.named_modules()
+            if _is_plain(part) and id(part) not in routers and not set(LEFT_OUT) & set(path.split("."))
+        }
         attentions = _attentions(linears)
         for path, part in linears.items():
             place, name, roles = _classify(path, attentions)

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from fedgraft.words import labelled
 
+SHOWN_LOSSES = 6
+"""Clients whose latest loss is shown under the bars."""
+
 
 class Progress(Protocol):
     """What the runner reports to."""
@@ -15,8 +18,14 @@ class Progress(Protocol):
     def begin(self, phase: str, total: int) -> None:
         """A phase of `total` steps starts."""
 
+    def part(self, client: str, title: str, done: int, total: int, loss: float | None = None, note: str = "") -> None:
+        """The step in hand, called `title`, is a client's and has come to `done` of `total`; `loss` is its current training loss."""
+
     def step(self, note: str = "") -> None:
         """One step is done."""
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
 
     def tell(self, rows: Sequence[tuple[str, str]]) -> None:
         """Something worth reading, as (label, text) a line."""
@@ -31,8 +40,14 @@ class Quiet:
     def begin(self, phase: str, total: int) -> None:
         """A phase of `total` steps starts."""
 
+    def part(self, client: str, title: str, done: int, total: int, loss: float | None = None, note: str = "") -> None:
+        """A part of a step is done."""
+
     def step(self, note: str = "") -> None:
         """One step is done."""
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
 
     def tell(self, rows: Sequence[tuple[str, str]]) -> None:
         """Something worth reading, as (label, text) a line."""
@@ -41,24 +56,62 @@ class Quiet:
         """Nothing more comes."""
 
 
-class Lines:
-    """Plain lines through `write`, `phase done/total note`: when a phase starts, at its end, and between at most every `every` seconds."""
+class Phase:
+    """How far a phase is and how long it will take, at the mean pace so far."""
 
-    def __init__(self, write: Callable[[str], object], every: float = 5.0) -> None:
-        self.write, self.every = write, every
-        self.phase, self.total, self.done, self.last = "", 0, 0, 0.0
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.done, self.began = name, total, 0.0, time.monotonic()
+
+    def left(self) -> str:
+        """Time left as [h:]mm:ss, "" before there is a pace: nothing is done, or within the first second."""
+        taken = time.monotonic() - self.began
+        if not 0 < self.done < self.total or taken < 1:
+            return ""
+        seconds = round(taken * (self.total - self.done) / self.done)
+        hours, minutes = divmod(seconds // 60, 60)
+        return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+
+    def advance(self, share: float) -> None:
+        """The step in hand has come to `share` of itself; 1 ends it."""
+        self.done = int(self.done) + min(share, 1.0)
+
+
+def part_text(title: str, done: int, total: int, loss: float | None, note: str) -> str:
+    """One line on the step in hand."""
+    words = [title, note, f"{done:,}/{total:,}", "" if loss is None else f"loss {loss:.3f}"]
+    return "  ".join(word for word in words if word)
+
+
+class Lines:
+    """Plain lines through `write`, `phase done/total left m:ss note`: when a phase starts, at its end, and between every `every` seconds.
+
+    Verbose: a line for every step.
+    """
+
+    def __init__(self, write: Callable[[str], object], every: float = 5.0, verbose: bool = False) -> None:
+        self.write, self.every, self.verbose = write, every, verbose
+        self.phase, self.last = Phase("", 0), 0.0
 
     def begin(self, phase: str, total: int) -> None:
         """A phase of `total` steps starts."""
-        self.phase, self.total, self.done, self.last = phase, total, 0, time.monotonic()
+        self.phase = Phase(phase, total)
         self._say("")
+
+    def part(self, client: str, title: str, done: int, total: int, loss: float | None = None, note: str = "") -> None:
+        """A part of a step is done."""
+        self.phase.advance(min(done / total, 0.999))
+        if self._due():
+            self._say(part_text(title, done, total, loss, note))
 
     def step(self, note: str = "") -> None:
         """One step is done."""
-        self.done += 1
-        if time.monotonic() - self.last >= self.every or self.done == self.total:
-            self.last = time.monotonic()
+        self.phase.advance(1.0)
+        if self.verbose or self._due() or self.phase.done >= self.phase.total:
             self._say(note)
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
+        self.write(f"warning: {text}")
 
     def tell(self, rows: Sequence[tuple[str, str]]) -> None:
         """Something worth reading, as (label, text) a line."""
@@ -68,46 +121,93 @@ class Lines:
     def close(self) -> None:
         """Nothing more comes."""
 
+    def _due(self) -> bool:
+        return time.monotonic() - self.last >= self.every
+
     def _say(self, note: str) -> None:
-        self.write(f"{self.phase:<10} {self.done}/{self.total}  {note}".rstrip())
+        self.last = time.monotonic()
+        left = self.phase.left()
+        words = [f"{self.phase.name:<10} {int(self.phase.done)}/{self.phase.total}", f"left {left}" if left else "", note]
+        self.write("  ".join(word for word in words if word))
 
 
 class Bars:
-    """A rich progress bar per phase with the time left."""
+    """A rich progress bar per phase with the time left, and under it the latest loss of the clients last trained.
 
-    def __init__(self, console: Any) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    Verbose: a line above the bars for every step.
+    """
+
+    def __init__(self, console: Any, verbose: bool = False) -> None:
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
 
         columns = [
-            TextColumn("[bold]{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("[bold]{task.description:<10}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[count]}", style="green"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}", style="cyan"),
             TextColumn("{task.fields[note]}", style="dim", markup=False),
         ]
         self.bars = RichProgress(*columns, console=console)
-        self.bars.start()
+        self.losses_line = RichProgress(TextColumn("{task.description}", style="dim", markup=False), console=console)
+        self.console, self.verbose = console, verbose
+        self.phase = Phase("", 0)
         self.task: Any = None
+        self.live: Any = None
+        self.losses: dict[str, float] = {}
 
     def begin(self, phase: str, total: int) -> None:
         """A phase of `total` steps starts."""
-        self.task = self.bars.add_task(phase, total=total, note="")
+        if self.live is None:  # only now, so that whoever waits before may draw something of their own
+            self._start()
+        self.phase = Phase(phase, total)
+        self.task = self.bars.add_task(phase, total=total, note="", count=f"0/{total}", left="")
+
+    def part(self, client: str, title: str, done: int, total: int, loss: float | None = None, note: str = "") -> None:
+        """A part of a step is done."""
+        self.phase.advance(min(done / total, 0.999))
+        if loss is not None:
+            self.losses.pop(client, None)  # the latest comes last
+            self.losses[client] = loss
+            shown = [f"{name} {value:.3f}" for name, value in list(self.losses.items())[-SHOWN_LOSSES:]]
+            self.losses_line.update(self.losses_task, description=f"{'losses':<10} {'  '.join(shown)}", visible=True)
+        self._show(part_text(title, done, total, loss, note))
 
     def step(self, note: str = "") -> None:
         """One step is done."""
-        self.bars.update(self.task, advance=1, note=note)
+        self.phase.advance(1.0)
+        self._show(note)
+        if self.verbose and note:
+            self.console.print(f"{self.phase.name:<10} {note}", markup=False, highlight=False)
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
+        self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def tell(self, rows: Sequence[tuple[str, str]]) -> None:
         """Something worth reading, as (label, text) a line."""
         from rich.markup import escape
 
         for row in rows:
-            for label, text in labelled(*row, self.bars.console.width):
-                self.bars.console.print(f"[bold]{label}[/] {escape(text)}", highlight=False)
+            for label, text in labelled(*row, self.console.width):
+                self.console.print(f"[bold]{label}[/] {escape(text)}", highlight=False)
 
     def close(self) -> None:
         """Nothing more comes."""
-        self.bars.stop()
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def _start(self) -> None:
+        from rich.console import Group
+        from rich.live import Live
+
+        self.losses_task = self.losses_line.add_task("", total=None, visible=False)
+        self.live = Live(Group(self.bars, self.losses_line), console=self.console, refresh_per_second=8)
+        self.live.start()
+
+    def _show(self, note: str) -> None:
+        left = self.phase.left()
+        count = f"{int(self.phase.done)}/{self.phase.total}"
+        self.bars.update(self.task, completed=self.phase.done, note=note, count=count, left=f"left {left}" if left else "")

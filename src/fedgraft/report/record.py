@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import statistics
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import yaml
 from fedgraft import files
 
 SCHEMA = 1
+QUOTE = shlex.quote if os.name == "posix" else lambda word: subprocess.list2cmdline([word])  # as the shell at hand reads it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ class Record:
             rounds=files.read_lines(folder / "rounds.jsonl"),
             selection=read_document(folder / "selection.json").get("clients", {}),
             results=results["clients"] if finished else {},
-            digest=(folder / "digest.txt").read_text().strip() if finished else "",
+            digest=files.read_text(folder / "digest.txt").strip() if finished else "",
         )
 
     @property
@@ -85,12 +89,11 @@ def read_document(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_bytes())
         schema = int(document.get("schema", 0))
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
-    if schema > SCHEMA:
-        raise ValueError(f"{path}: written by a newer fedgraft (schema {schema}, this one reads up to {SCHEMA}); upgrade fedgraft")
+        raise _damaged(path, error) from None
+    _check_schema(path, schema)
     return dict(document)
 
 
@@ -101,12 +104,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ValueError: damaged, or a newer schema; names the file.
     """
     try:
-        values = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        values = dict(yaml.safe_load(files.read_text(path)))
         schema = int(values.pop("schema"))
     except (yaml.YAMLError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
-    if schema > SCHEMA:
-        raise ValueError(f"{path}: written by a newer fedgraft (schema {schema}, this one reads up to {SCHEMA}); upgrade fedgraft")
+        raise _damaged(path, error) from None
+    _check_schema(path, schema)
     return values
 
 
@@ -118,3 +120,20 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> None:
 def write_document(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON document with its schema version, atomically."""
     files.write_json(path, {"schema": SCHEMA, **content})
+
+
+def resume_command(folder: Path) -> str:
+    """What continues a run, as it is typed where the user stands."""
+    here = Path.cwd()
+    shown = str(folder.relative_to(here) if folder.is_absolute() and folder.is_relative_to(here) else folder)
+    return f"fedgraft resume {QUOTE(shown)}"
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    why = " ".join(str(error).split())
+    return ValueError(f"{path}: damaged ({why}); restore the file from a copy, or start a new run")
+
+
+def _check_schema(path: Path, schema: int) -> None:
+    if schema > SCHEMA:
+        raise ValueError(f"{path}: written by a newer fedgraft (schema {schema}, this one reads up to {SCHEMA}); upgrade fedgraft")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fedgraft import seeds
@@ -25,12 +25,21 @@ class Choice:
     """Calibration tokens seen."""
 
 
-def select_experts(base: Base, batches: Iterable[Batch], settings: SelectionSettings, per_layer: int, seed: int, client: str) -> Choice:
-    """Measure one profile on the unmodified model and choose `per_layer` experts in every layer.
+def select_experts(
+    base: Base,
+    batches: Iterable[Batch],
+    settings: SelectionSettings,
+    per_layer: int,
+    seed: int,
+    client: str,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Choice:
+    """Measure one profile on the unmodified model and choose `per_layer` experts in every layer; `report` hears (tokens seen, budget).
 
     Raises:
         ValueError: unknown criterion, or more grafts than experts.
     """
-    profile = measure(base, batches, settings.budget(base.device.type), gram=needs_gram(settings.criterion, per_layer))
+    budget = settings.budget(base.device.type)
+    profile = measure(base, batches, budget, gram=needs_gram(settings.criterion, per_layer), progress=lambda seen: report(seen, budget))
     experts = choose(settings.criterion, profile, per_layer, seeds.numpy_rng(seed, "selection", client))
     return Choice(experts=experts, errors=losses(profile), tokens=profile.tokens)

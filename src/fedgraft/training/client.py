@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -22,6 +22,17 @@ from fedgraft.training.settings import TrainingSettings
 from fedgraft.tree import Tree
 
 
+class Report(Protocol):
+    """Hears how far a client is with what it was asked, for people who wait; without effect on the result."""
+
+    def __call__(self, done: int, total: int, loss: float | None = None, note: str = "") -> None:
+        """`done` of `total` parts, the current training loss, what is being worked on."""
+
+
+def unheard(done: int, total: int, loss: float | None = None, note: str = "") -> None:
+    """Nobody waits."""
+
+
 @dataclass(kw_only=True)
 class Client:
     """What a method may touch on a site. `memory` is all that lasts between questions; it never leaves the site."""
@@ -35,6 +46,8 @@ class Client:
     memory: Bundle = field(default_factory=Bundle)
     truncated: int = 0
     """Rows cut to `data.max_length` since the client was opened."""
+    report: Report = unheard
+    """Hears of training steps, calibration tokens and evaluated models."""
 
     @property
     def name(self) -> str:
@@ -102,9 +115,10 @@ class Client:
                 fixed=fixed,
                 penalty=penalty,
                 moments=moments,
+                report=self.report,
             )
         except NotFiniteError as error:
-            raise NotFiniteError(f"client {self.name!r}, round {round_number}: {error}") from error
+            raise NotFiniteError(f"client {self.name!r}, round {round_number + 1}: {error}") from error
 
     def _row(self, example: Example) -> Any:
         settings = self.data_settings

@@ -21,6 +21,8 @@ from fedgraft.tree import Tree, clone, combine
 
 Penalty: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
 """Extra loss term of the trained leaves (FedProx, Ditto, ...), added once per optimiser step."""
+StepReport: TypeAlias = Callable[[int, int, float], None]
+"""(optimiser steps done, steps in all, loss of the last one), for people who wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ def fit(
     fixed: Mapping[str, Tensor] | None = None,
     penalty: Penalty | None = None,
     moments: Mapping[str, Tree] | None = None,
+    report: StepReport = lambda done, total, loss: None,
 ) -> Fit:
     """Train a copy of the leaves `trained` with AdamW; `fixed` leaves are in use but not changed.
 
@@ -68,18 +71,19 @@ def fit(
         fixed: further leaves of the client's model.
         penalty: extra loss term.
         moments: AdamW's state from an earlier call, to continue with.
+        report: hears of every finished step.
 
     Raises:
         NotFiniteError: the loss or its gradient became NaN or infinite; nothing is returned, so the caller's leaves stand.
     """
-    leaves = {key: leaf.to(model.base.device).requires_grad_() for key, leaf in clone(trained).items()}
+    leaves = {key: leaf.requires_grad_() for key, leaf in model.placed(clone(trained)).items()}
     order = sorted(leaves)
     optimizer = torch.optim.AdamW([leaves[key] for key in order], lr=lr, weight_decay=settings.weight_decay, foreach=True)
     if moments:
         _restore(optimizer, order, leaves, moments)
     began, total, tokens = time.perf_counter(), 0.0, 0
     with _training(model, settings), seeds.torch_default(seed), model.using(combine(leaves, fixed or {}), experts):
-        for parts in steps:
+        for done, parts in enumerate(steps, start=1):
             loss = _step(model, parts, settings, leaves, penalty)
             norm = float(torch.nn.utils.clip_grad_norm_([leaves[key] for key in order], settings.clip, foreach=True))
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -90,6 +94,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             total += loss
             tokens += sum(part.tokens for part in parts)
+            report(done, len(steps), loss)
     kept = _moments(optimizer, order, leaves) if settings.optimizer_state == "kept" else {}
     return Fit(tree=clone(leaves), loss=total / len(steps), tokens=tokens, seconds=time.perf_counter() - began, moments=kept)
 
@@ -115,6 +120,8 @@ def _step(
         loss = F.cross_entropy(output.logits.float(), batch.targets, reduction="sum") / count
         losses.append(loss.detach())
         if settings.router_aux > 0:
+            if getattr(output, "aux_loss", None) is None:
+                raise ValueError("training.router_aux: this architecture computes no load-balancing loss of its router; set it to 0")
             loss = loss + settings.router_aux * output.aux_loss * (part.response_tokens / count)
         loss.backward()
     if penalty is not None:
@@ -124,10 +131,15 @@ def _step(
 
 @contextmanager
 def _training(model: GraftedModel, settings: TrainingSettings) -> Iterator[None]:
-    """Train mode (dropout) and, if wanted, gradient checkpointing; eval mode afterwards."""
+    """Train mode (dropout) and, if wanted, gradient checkpointing; eval mode afterwards.
+
+    Routers stay in eval mode: some add noise while training, and the frozen experts are to be chosen as they will be in use.
+    """
     network: Any = model.base.model
     switch = "activation" if hasattr(network, "activation_checkpointing_enable") else "gradient"  # its name before transformers 5.23
     network.train()
+    for site in model.base.sites:
+        site.router.eval()
     try:
         if settings.checkpointing:
             getattr(network, f"{switch}_checkpointing_enable")(**{f"{switch}_checkpointing_kwargs": {"use_reentrant": False}})

@@ -1,0 +1,115 @@
+"""Where a run comes from: what it ran on, with which base model and data; a resume compares them with what it finds."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedgraft import __version__
+from fedgraft.data.partition import ClientData, counts
+from fedgraft.moe.load import Base
+from fedgraft.report.record import read_document, write_document
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+
+
+def environment(base: Base, clients: Sequence[ClientData]) -> dict[str, Any]:
+    """What the run runs on, and the digests that a resume compares."""
+    digests = {client.name: _digest([client]) for client in clients}
+    return {
+        **_versions(base),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "started": _now(),
+        "base": base.name,
+        "base_digest": base.digest,
+        "base_notes": list(base.notes),
+        "data_digest": _digest(clients),
+        "client_digests": digests,
+        "clients": counts(clients),
+    }
+
+
+def check(folder: Path, now: dict[str, Any]) -> None:
+    """Refuse another base model or other data than the run in `folder` began with.
+
+    Raises:
+        ValueError: another base model, other data, or no record of them.
+    """
+    path = folder / "environment.json"
+    before = read_document(path)
+    if not before and not (folder / "state").exists():  # killed before it was written
+        write_document(path, now)
+        return
+    if not before:
+        raise ValueError(f"{path}: missing, so what the run began with is unknown; restore the file from a copy, or start a new run")
+    if before.get("base_digest") != now["base_digest"]:
+        raise ValueError(
+            f"{folder}: the base model {now['base']!r} differs from the one this run began with; restore it, or start a new run"
+        )
+    if before.get("data_digest") != now["data_digest"]:
+        raise ValueError(f"{folder}: {_changed(before, now)} from those this run began with; restore them, or start a new run")
+
+
+def note_versions(folder: Path, now: dict[str, Any]) -> str:
+    """Note in `environment.json` that the run goes on with other versions than its last ones.
+
+    Returns:
+        The warning that the user should see, "" when they are the same.
+    """
+    path = folder / "environment.json"
+    before = read_document(path)
+    resumptions = before.get("resumptions", [])
+    last = _flat(resumptions[-1] if resumptions else before)
+    changes = [f"{name} {last[name]} -> {value}" for name, value in _flat(now).items() if name in last and last[name] != value]
+    if not changes:
+        return ""
+    versions = {name: now[name] for name in ("fedgraft", "packages", "threads", "device")}
+    entry = {"date": now["started"], "command": now["command"], **versions}
+    write_document(path, {**before, "resumptions": [*resumptions, entry]})
+    return f"resumed with {', '.join(changes)}: the result need no longer be equal bit for bit to that of an uninterrupted run"
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Whose data differ, where the record knows."""
+    old, new = before.get("client_digests"), now["client_digests"]
+    if old is None:
+        return "the data differ"
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    gone = [f"{name!r} (it has no data now)" if name not in new else f"{name!r}" for name in changed]
+    return f"the data of client{'s' if len(changed) > 1 else ''} {', '.join(gone)} differ"
+
+
+def _versions(base: Base) -> dict[str, Any]:
+    """What bits depend on besides recipe, base and data."""
+    return {
+        "fedgraft": __version__,
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "device": str(base.device),
+    }
+
+
+def _flat(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"fedgraft": entry["fedgraft"], **entry["packages"], "threads": entry["threads"], "device": entry["device"]}
+
+
+def _digest(clients: Sequence[ClientData]) -> str:
+    sums = hashlib.sha256()
+    for client in clients:
+        for row in (*client.train, *client.validation, *client.test):
+            sums.update(f"{row}\n".encode())
+    return sums.hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,125 @@
+"""The page of a run and of a comparison: one file without scripts that needs no network, made from records alone.
+
+The same record gives the same bytes, and nothing in a run's page depends on where its folder lies.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedgraft import files
+from fedgraft.report import comparison, expert_sections, sections, training_sections
+from fedgraft.report.blocks import Facts, Page
+from fedgraft.report.record import Record
+from fedgraft.report.shaping import shown
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+NAME = "report.html"
+MARK = '<meta name="generator" content="fedgraft report">'
+RUN: tuple[sections.RunSection, ...] = (
+    sections.quality,
+    training_sections.training,
+    expert_sections.experts,
+    expert_sections.gates,
+    sections.data,
+    expert_sections.traffic_and_time,
+    sections.settings,
+    sections.environment,
+    sections.reproduce,
+)
+COMPARISON: tuple[comparison.ComparisonSection, ...] = (
+    comparison.runs,
+    comparison.quality,
+    comparison.training,
+    comparison.price,
+    comparison.differences,
+    comparison.reproduce,
+)
+
+
+def run_page(record: Record) -> str:
+    """The page of one run, however far it has come."""
+    model = str(record.recipe.get("model", {}).get("name", "unknown model"))
+    planned, done = record.recipe.get("federation", {}).get("rounds", "?"), len(record.rounds)
+    clients = len(record.environment.get("clients", {}) or record.results or record.selection)
+    items = [
+        ("state", "finished" if record.finished else "stopped before its end" if done else "stopped before its first round"),
+        ("clients", str(clients) if clients else "unknown"),
+        ("rounds", f"{done} of {planned}"),
+        ("seed", shown(record.recipe.get("seed"))),
+        ("started", str(record.environment.get("started", "unknown"))),
+        ("digest", record.digest[:16] or "none before the end"),
+    ]
+    dataset = shown(record.recipe.get("data", {}).get("dataset"))
+    lead = f"One federated run of the method {record.method} on the base model {Path(model).name} with the data set {dataset}."
+    return render(
+        Page(
+            title=f"{record.method} on {Path(model).name}",
+            lead=lead,
+            facts=Facts(items=items),
+            sections=[make(record) for make in RUN],
+        )
+    )
+
+
+def comparison_page(records: Sequence[Record]) -> str:
+    """The page of several runs."""
+    methods = list(dict.fromkeys(record.method for record in records))
+    clients = sorted({len(record.results) for record in records if record.results})
+    items = [
+        ("runs", str(len(records))),
+        ("finished", str(sum(record.finished for record in records))),
+        ("clients", " / ".join(map(str, clients)) or "unknown"),
+    ]
+    return render(
+        Page(
+            title=f"{len(records)} run{'' if len(records) == 1 else 's'} compared",
+            lead=f"Federated runs side by side: {', '.join(methods)}.",
+            facts=Facts(items=items),
+            sections=[make(records) for make in COMPARISON],
+        )
+    )
+
+
+def render(page: Page) -> str:
+    """The document of a page."""
+    style = (resources.files("fedgraft") / "assets" / "report" / "style.css").read_text(encoding="utf-8")
+    return _templates().get_template("page.html.j2").render(page=page, style=style, mark=MARK)
+
+
+def write_page(path: Path, document: str) -> None:
+    """Write a page atomically; an older page of ours is replaced, anything else is left alone.
+
+    Raises:
+        ValueError: the file exists and is no report of fedgraft.
+    """
+    if path.exists() and not (path.is_file() and MARK.encode() in path.read_bytes()[:4096]):
+        raise ValueError(f"{path}: exists and is no report of fedgraft, so it is not overwritten; move it away or choose another file")
+    files.write_text(path, document)
+
+
+def leave_page(folder: Path) -> None:
+    """Write the page of a run into its folder. For the end of a run, whatever it was: a failure is logged, never raised.
+
+    So is an impatient second Ctrl-C, which must not hide that the first one left a run to be resumed.
+    """
+    try:
+        write_page(folder / NAME, run_page(Record.load(folder)))
+    except (Exception, KeyboardInterrupt) as error:
+        reason = str(error) or type(error).__name__
+        logging.getLogger(__name__).warning("%s was not written (%s); the run itself is not affected", folder / NAME, reason)
+
+
+@lru_cache(maxsize=1)
+def _templates() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("fedgraft", "assets/report")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -1,0 +1,84 @@
+"""From records to what blocks hold: the helpers that sections share."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fedgraft.report.blocks import Grid, Note, Section
+from fedgraft.report.figures import STYLES
+from fedgraft.report.record import Record
+from fedgraft.report.table import FIGURES, Table
+
+RESUME = "fedgraft resume ."
+"""How a run goes on, said in its own folder, where its page lies."""
+
+
+def absent(name: str, title: str, text: str, missing: bool = True) -> Section:
+    """A section with nothing but the reason why; `missing`: the run has not come so far, rather than having no such thing."""
+    return Section(name=name, title=title, blocks=[Note(text=text, missing=missing)])
+
+
+def headline(tables: Sequence[Table], columns: str) -> Grid:
+    """Mean and worst client of every figure."""
+    names = list(dict.fromkeys(name for table in tables for name in table.columns))
+    rows = []
+    for table in tables:
+        arrow = "higher is better" if FIGURES[table.figure][1] else "lower is better"
+        for key, label in (("mean", f"{table.title}, {arrow}"), ("std", "deviation over clients"), ("worst", "worst client")):
+            rows.append([label, *(value(table.summary[key], name, table.digits) for name in names)])
+    return Grid(caption=f"All clients: figures x {columns}", columns=["figure", *names], rows=rows, groups=3)
+
+
+def grid(table: Table) -> Grid:
+    """A figure's clients x columns with their summary."""
+    return Grid(
+        caption=table.title,
+        columns=["client", *table.columns],
+        rows=[[client, *(value(row, name, table.digits) for name in table.columns)] for client, row in table.clients.items()],
+        feet=[[name, *(value(row, column, table.digits) for column in table.columns)] for name, row in table.summary.items()],
+    )
+
+
+def styles(names: Sequence[str]) -> dict[str, str]:
+    """Name -> class of its marks and curves, the same in every figure of a page."""
+    others = [name for name in names if name != "base"]
+    return {name: "base" if name == "base" else f"s{others.index(name) % STYLES}" for name in names}
+
+
+def span_of(record: Record) -> tuple[float, float]:
+    """First and last planned round; a run that stopped shows the room that is left."""
+    return 1, max(1, int(record.recipe.get("federation", {}).get("rounds", 1)), len(record.rounds))
+
+
+def mean_losses(record: Record) -> list[tuple[float, float]]:
+    """(round, mean training loss over its clients)."""
+    return [(line["round"] + 1, number(line.get("loss"))) for line in record.rounds]
+
+
+def number(value: Any) -> float:
+    """A figure of a round; not a number where there is none."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def flat(values: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as dotted keys."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{head}{name}.")
+        else:
+            yield f"{head}{name}", value
+
+
+def shown(value: Any) -> str:
+    """A setting as people write it."""
+    if isinstance(value, list | tuple):
+        return ", ".join(shown(one) for one in value) or "none"
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def value(row: Mapping[Any, float], name: Any, digits: int) -> str:
+    """A table's cell; a dash where nothing was measured."""
+    return f"{row[name]:.{digits}f}" if name in row else "–"
