@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedgraft.moe.load import locate
+from fedgraft.moe.hub import hub_config
+from fedgraft.moe.plan import locate
+from fedgraft.moe.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,8 +22,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    folder = locate(name)
+    if folder is None:
+        hub_config(ModelSettings(name=name))  # says in one line what is wrong with a name, where transformers would retry for long
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(locate(name))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name if folder is None else folder)
     except (OSError, KeyError) as error:
         raise ValueError(f"model.name {name!r}: its tokenizer cannot be loaded ({error})") from error
     return tokenizer

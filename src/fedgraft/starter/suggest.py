@@ -15,7 +15,7 @@ from fedgraft.data.example import SPLITS
 from fedgraft.data.partition import PARTITIONS, SAFE_NAME, ClientData, load_clients
 from fedgraft.data.settings import DataSettings
 from fedgraft.data.survey import Problem, Survey, row_lengths, survey
-from fedgraft.moe.load import EMBEDDED
+from fedgraft.moe.settings import EMBEDDED
 from fedgraft.moe.tokenizer import load_tokenizer, stated_limit
 from fedgraft.recipe import find_recipe, load_recipe, read_yaml
 from fedgraft.starter.keys import unused_sections
