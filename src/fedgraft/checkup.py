@@ -88,12 +88,14 @@ def check_up(target: str | None = None, overrides: list[str] | None = None, fold
     if recipe is not None:
         with _noting(result):
             recipe.model.check(local=is_local(recipe.model))
+        with _noting(result):
             anatomy = skeleton(recipe.model)
             if _is_recipe(target):
                 with _noting(result):
                     result.rows = _rows(recipe)
             _examine(result, recipe, anatomy)
-        _weigh(result, recipe, must_fit=_is_recipe(target))
+        with _noting(result):
+            _weigh(result, recipe, must_fit=_is_recipe(target))
     return result
 
 
@@ -107,7 +109,9 @@ def _noting(result: Checkup) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        result.findings.append(Finding(severity="error", text=str(error)))
+        found = Finding(severity="error", text=str(error))
+        if found not in result.findings:  # what several steps stumble over is said once
+            result.findings.append(found)
 
 
 def _rows(recipe: Recipe) -> list[Rows]:

@@ -18,6 +18,7 @@ from fedgraft.report.progress import Progress, Quiet
 from fedgraft.runner import Session
 from fedgraft.training.client import Client
 from fedgraft.tree import combine, partition
+from fedgraft.trouble import Stand, told
 
 TOKENS = 64
 """Calibration tokens of the selection that is tried."""
@@ -52,21 +53,28 @@ def rehearse(
     """
     checked = load_recipe(recipe, overrides)
     folder = Path(out) if out is not None else folders.fresh(checked.method.name)
-    folders.refuse_occupied(folder)
-    _check_writable(folder)
-    session = Session(checked.absolute(), folder, progress or Quiet())
-    session.progress.begin("rehearsal", len(session.clients) + 1)
-    rows = []
-    for name in session.clients:
-        client = session.engine.open_client(name)
-        batch = checked.training.batch_size
-        rows.append(look_at_rows(client.data, checked.data, client.model.base.tokenizer, batch=batch, most=client.examples))
-        client.batches(0)
-        session.progress.step(f"{name}  {rows[-1].cut} of {rows[-1].train} rows cut")
-    first = session.engine.open_client(next(iter(session.clients)))
-    loss = _first_loss(session.method, first)
-    session.progress.step(f"{first.name}  loss {loss:.3f}")
+    stand = Stand(folder)
+    with told(stand):
+        folders.refuse_occupied(folder)
+        _check_writable(folder)
+        session = Session(checked.absolute(), folder, progress or Quiet(), stand)
+        session.progress.begin("rehearsal", len(session.clients) + 1)
+        rows = [_rows(session, name) for name in session.clients]
+        first = session.engine.open_client(next(iter(session.clients)))
+        stand.phase = "training"
+        loss = _first_loss(session.method, first)
+        session.progress.step(f"{first.name}  loss {loss:.3f}")
     return Rehearsal(folder=folder, rows=rows, client=first.name, loss=loss)
+
+
+def _rows(session: Session, name: str) -> Rows:
+    """Tokenise all of a client's training rows and draw its first batch."""
+    client, settings = session.engine.open_client(name), session.recipe
+    tokenizer, batch = client.model.base.tokenizer, settings.training.batch_size
+    rows = look_at_rows(client.data, settings.data, tokenizer, batch=batch, most=client.examples)
+    client.batches(0)
+    session.progress.step(f"{name}  {rows.cut} of {rows.train} rows cut")
+    return rows
 
 
 def _first_loss(method: Method, client: Client) -> float:
