@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft import files, folders, origin
+from fedgraft.account.memory import workload
+from fedgraft.account.take import summary, take_account
 from fedgraft.aggregation import participation
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
@@ -116,12 +118,15 @@ class Session:
         participation.check(recipe.federation, list(self.clients), self.method.merge)
         self.sites, self.training = self.clients, recipe.training
         if self.method.pooled:
-            site = pooled(list(self.clients.values()))
-            self.sites = {site.name: site}
+            self.sites = pooled(self.clients)
             self.training = recipe.training.for_pool(recipe.federation.clients_of(len(self.clients)))
         progress.step(f"data; next the base model {recipe.model.name}")
-        self.model = GraftedModel(load_base(recipe.model), recipe.lora, recipe.graft)
+        base = load_base(recipe.model)
+        work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
+        self.account = take_account(base, self.method, recipe.lora, recipe.graft, work)
+        self.model = GraftedModel(base, recipe.lora, recipe.graft)
         progress.step("model")
+        progress.tell(summary(self.account))
         self.engine = InProcess(
             questions={
                 "graft": lambda client, package: self.method.graft(self.method, client, package),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -66,12 +66,12 @@ def check_rows(clients: Iterable[ClientData], split: str) -> None:
             )
 
 
-def pooled(clients: Sequence[ClientData]) -> ClientData:
-    """All training rows in one place, under a name that no client has; for an upper bound that no federation can have."""
+def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
+    """One site with all training rows, under a name that no client has; for an upper bound that no federation can have."""
     name = "pooled"
-    while any(client.name.lower() == name for client in clients):
+    while name in {client.lower() for client in clients}:
         name += "_"
-    return ClientData(name, [row for client in clients for row in client.train], [], [])
+    return {name: ClientData(name, [row for client in clients.values() for row in client.train], [], [])}
 
 
 def counts(clients: Sequence[ClientData]) -> dict[str, dict[str, int]]:
