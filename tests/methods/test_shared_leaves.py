@@ -54,6 +54,7 @@ def test_every_global_method_can_share_everything(start, method):
     training = {"optimizer_state": "kept"}
     run = start(method, clients=("ada", "bo"), federation={"rounds": 2}, lora={"targets": FORMS["everything"]}, training=training).go()
     size = 2 * 4 * sum(NUMBERS.values())
+    assert run.session.account.bytes_each_way() == size * (1 + (method == "scaffold"))
     assert num_bytes(run.state) == size
     assert [sum(map(num_bytes, trees.values())) for trees in sent(run)] == [size * (1 + (method == "scaffold"))] * 2 * len(run.sites)
 

@@ -60,6 +60,8 @@ class Account:
     compute: Compute
     memory: Memory
     work: Workload
+    wire_copies: int = 1
+    """Numbers that travel each way for every shared one."""
 
     @property
     def trained(self) -> int:
@@ -68,7 +70,7 @@ class Account:
 
     def bytes_each_way(self, kind: str = "fp32") -> int:
         """Bytes of leaves per client, round and direction; message headers, a few kB, come on top."""
-        return self.shared.total * ON_WIRE[kind]
+        return self.shared.total * self.wire_copies * ON_WIRE[kind]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -121,6 +123,7 @@ def take_account(anatomy: Anatomy, method: Method, lora: LoraSettings, graft: Gr
         compute=compute,
         memory=memory,
         work=work,
+        wire_copies=method.wire_copies,
     )
 
 

@@ -26,9 +26,10 @@ def replace(state: Bundle, delta: Tree) -> Bundle:
 
 
 def momentum(*, beta: float, lr: float, dampened: bool = False) -> ServerStep:
-    """Server momentum (Hsu et al. 2019): m = beta m + delta, w += lr m; dampened: m = beta m + (1 - beta) delta after a first m = delta."""
+    """Server momentum; `dampened`: m = beta m + (1 - beta) delta after a first m = delta."""
 
     def step(state: Bundle, delta: Tree) -> Bundle:
+        """Momentum (Hsu et al. 2019): m = beta m + delta, w += lr m."""
         before, share = state.tree("momentum"), 1 - beta if dampened else 1.0
         after = {key: beta * before[key] + share * change if key in before else change for key, change in delta.items()}
         state = _with_moments(state, momentum=after)
@@ -38,12 +39,13 @@ def momentum(*, beta: float, lr: float, dampened: bool = False) -> ServerStep:
 
 
 def adaptive(second: SecondMoment, *, lr: float, beta: float, tau: float, released: bool = False) -> ServerStep:
-    """FedOpt (Reddi et al. 2021, Algorithm 2): m = beta m + (1 - beta) delta, v = second(v, delta^2), w += lr m / (sqrt(v) + tau).
-
-    m starts at 0, v at tau^2, without bias correction. As `released` with FLEx, the first m is delta itself and v sees m^2.
-    """
+    """FedOpt with v = second(v, delta^2); as `released` with FLEx, the first m is delta itself and v sees m^2."""
 
     def step(state: Bundle, delta: Tree) -> Bundle:
+        """FedOpt (Reddi et al. 2021, Algorithm 2): m = beta m + (1 - beta) delta, v follows delta^2, w += lr m / (sqrt(v) + tau).
+
+        m starts at 0, v at tau^2, without bias correction.
+        """
         means, squares, moves = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
         for key, change in delta.items():
             known = state.tree("momentum").get(key, change if released else torch.zeros_like(change))

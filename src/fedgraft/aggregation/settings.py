@@ -18,7 +18,10 @@ class FederationSettings(Section):
     clients_per_round: int | None = Field(default=None, ge=1)
     """Clients sampled in each round, without replacement; empty: all."""
     merge: MergeSettings = Mean()
-    """How many replies become one: the method's own mean, or a rule that withstands faulty clients."""
+    """How many replies become one: the method's own mean, or a rule that withstands faulty clients and counts each once. `trimmed_mean`
+    cuts the share `trim` of the clients from each end of every number; `krum` takes the update nearest to its neighbours and
+    `multi_krum` the mean of the `keep` best (empty: all but `faulty` + 2), with `faulty` clients to withstand; `norm_bounded` scales
+    longer updates down to `bound`."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability that a sampled client cannot be reached in a round; it isn't asked and doesn't train."""
     deadline: float | None = Field(default=None, gt=0)

@@ -149,6 +149,8 @@ class Method:
     """Delta -> new state."""
     pooled: bool = False
     """One site holds all clients' training rows, which leave them; each client is evaluated on its own rows as ever."""
+    wire_copies: int = 1
+    """Numbers that travel each way for every shared one."""
     needs_mean: str = ""
     """Why its replies must be averaged; empty: `federation.merge` may set another rule in the place of a mean."""
     open: ServerHalf = open_run

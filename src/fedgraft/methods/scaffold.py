@@ -34,6 +34,7 @@ def build(weighted: bool = False) -> Method:
         pack=pack,
         absorb=absorb,
         train=train,
+        wire_copies=2,
         needs_mean="corrects gradients by a mean over the clients, which only a mean of their leaves agrees with",
     )
 

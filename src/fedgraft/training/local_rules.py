@@ -23,9 +23,10 @@ def plain(client: Client, start: Mapping[str, Tensor], round_number: int, lr: fl
 
 
 def proximal(mu: float, shared: Predicate = everything) -> LocalRule:
-    """All leaves together, with mu/2 ||w - w_g||^2 over the `shared` ones added to the loss (FedProx, Li et al. 2020); w_g is the start."""
+    """A rule that holds the `shared` leaves near their start (FedProx, Li et al. 2020)."""
 
     def train(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        """All leaves together, AdamW, with mu/2 ||w - w_g||^2 added to the loss, w_g being the leaves received."""
         anchor = {key: leaf.to(client.model.base.device) for key, leaf in start.items() if shared(key)}
 
         def penalty(leaves: Mapping[str, Tensor]) -> Tensor:
