@@ -88,8 +88,8 @@ def in_words(annotation: Any, bounds: tuple[Any, ...] = ()) -> str:
         return " or ".join([*told, *(["empty"] if type(None) in inner else [])])
     if origin in (list, tuple, dict):
         least = next((f", at least {bound.min_length}" for bound in bounds if isinstance(bound, MinLen)), "")
-        words = [in_words(part) for part in inner]
-        return f"mapping of {words[0]} to {words[1]}" if origin is dict else f"list of {words[0]}{least}"
+        parts = [in_words(part) for part in inner]
+        return f"mapping of {parts[0]} to {parts[1]}" if origin is dict else f"list of {parts[0]}{least}"
     if isinstance(annotation, type) and issubclass(annotation, Section):  # a section inside a section
         words = ", ".join(f"{name}: {in_words(key.annotation, tuple(key.metadata))}" for name, key in annotation.model_fields.items())
         return f"{{{words}}}"
