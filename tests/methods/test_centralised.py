@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fedgraft.account.take import summary
 from fedgraft.data.partition import pooled
 from fedgraft.recipe import load_recipe
 from fedgraft.tree import equal
@@ -38,6 +39,11 @@ def test_every_client_is_evaluated_on_its_own_rows_with_the_same_leaves(start):
         answers = method.answer(method, run.session._open_client(name), method.pack(method, server, name))
         assert list(answers) == ["base", "personal"]
         assert equal(answers["personal"].tree, run.state)
+
+
+def test_the_screen_before_training_says_that_data_leave_the_clients(start):
+    assert ("travels", "the clients' training rows, to one site") in summary(start("centralised").session.account)
+    assert "training rows" not in dict(summary(start("fedavg").session.account))["travels"]
 
 
 def test_it_does_the_steps_of_the_clients_sampled(start):

@@ -157,6 +157,15 @@ def test_scaffolds_control_stays_the_mean_of_the_clients_whatever_is_lost(start)
         torch.testing.assert_close(leaf, sum(tree[key] for tree in own) / 3, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_scaffolds_leaves_are_averaged_as_in_the_paper_or_as_released(start, weighted):
+    """Rows 7, 12 and 5: unweighted, or by examples; from the replies on the wire."""
+    run = start("scaffold", federation={"rounds": 1}, options={"weighted": weighted}).go()
+    close(run.state, mean(trained(run, 0), weighted), 1e-7)
+    other = mean(trained(run, 0), not weighted)
+    assert max((run.state[key] - other[key]).abs().max().item() for key in other) > 1e-5
+
+
 def test_scaffold_with_one_client_is_plain_training(start):
     """c = c_i always."""
     one = {"clients": ("ada",), "lora": {"dropout": 0.0}}
