@@ -20,7 +20,8 @@ from fedgraft.bundle import Bundle
 from fedgraft.data.partition import ClientData, load_clients
 from fedgraft.engine.inprocess import InProcess
 from fedgraft.evaluation.personal import evaluate_client
-from fedgraft.grafts.graft import GraftedModel
+from fedgraft.grafts.graft import GraftedModel, adapter_shapes
+from fedgraft.methods.method import Surroundings
 from fedgraft.moe.load import load_base
 from fedgraft.recipe import Recipe, load_recipe
 from fedgraft.report.html import leave_page
@@ -114,11 +115,14 @@ class Session:
         _check_rows(self.clients.values(), recipe.evaluation.split)
         progress.step(f"data; next the base model {recipe.model.name}")
         self.model = GraftedModel(load_base(recipe.model), recipe.lora, recipe.graft)
+        shapes = adapter_shapes(self.model.base, recipe.lora)
+        self.method = self.method.settle(self.method, Surroundings(shapes=shapes, lora=recipe.lora, clients=list(self.clients)))
         progress.step("model")
         self.engine = InProcess(
             questions={
                 "graft": lambda client, package: self.method.graft(self.method, client, package),
                 "train": lambda client, package: self.method.train(self.method, client, package),
+                "finish": lambda client, package: self.method.finish(self.method, client, package),
                 "evaluate": lambda client, package: evaluate_client(self.method, client, package, recipe.evaluation),
             },
             open_client=self._open_client,
@@ -147,6 +151,7 @@ class Session:
                 self._begin("training", left * len(self.server.sampled()))
             while self.server.round < self.recipe.federation.rounds:
                 self._round()
+            self._finalize()
             self._evaluate()
         except KeyboardInterrupt as stop:
             raise Stopped(self.folder) from stop
@@ -252,8 +257,16 @@ class Session:
             self.server.round += 1
             self._commit()
 
-    def _commit(self) -> None:
-        facts = {**self.server.state.facts, "round": self.server.round, "asked": self.engine.asked}
+    def _finalize(self) -> None:
+        """What the method does after its last round, once for a number of rounds."""
+        if self.method.finalize is None or self.server.state.facts.get("finalized") == self.server.round:
+            return
+        self._begin("finishing", len(self.clients))
+        self.method.finalize(self.method, self.server, self._ask)
+        self._commit(finalized=self.server.round)
+
+    def _commit(self, **further: Any) -> None:
+        facts = {**self.server.state.facts, "round": self.server.round, "asked": self.engine.asked, **further}
         self.server.state = Bundle(trees=self.server.state.trees, facts=facts)
         self.server.state.save(self.folder / "state" / "state.safetensors")
         self.engine.committed = self.engine.asked

@@ -1,0 +1,99 @@
+"""Local rules of methods that keep some leaves back: held fixed, trained in turn, or trained as a second model beside the shared one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fedgraft.address import as_first, as_own, within
+from fedgraft.training.client import Client
+from fedgraft.training.fit import Fit, Penalty
+from fedgraft.training.local_rules import LocalRule, plain
+from fedgraft.tree import Predicate, Tree, combine, partition
+
+own_leaves = within("own")
+"""Predicate: the client's second leaves, and their share."""
+
+
+def around(fixed: Predicate) -> LocalRule:
+    """All leaves but the `fixed` ones, which are in use and stay as they are."""
+
+    def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        held, trained = partition(start, fixed)
+        return joined(_train(client, trained, round_number, lr, fixed=held), unchanged=held)
+
+    return run
+
+
+def first_alone(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+    """The shared leaves alone; second leaves are neither in use nor kept."""
+    return plain(client, partition(start, own_leaves)[1], round_number, lr)
+
+
+def in_turn(first: Predicate) -> LocalRule:
+    """The leaves that are `first` with the others fixed, then those with the first fixed: two passes over the round's batches.
+
+    The loss is that of the second pass.
+    """
+
+    def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        early, late = partition(start, first)
+        before = _train(client, early, round_number, lr, fixed=late)
+        after = _train(client, late, round_number, lr, fixed=before.tree)
+        return joined(after, before)
+
+    return run
+
+
+def pulled(strength: float) -> LocalRule:
+    """The shared leaves as FedAvg trains them, and a second model of its own whose loss has strength / 2 ||v - w||^2 to the received w.
+
+    The loss is that of the shared leaves.
+    """
+
+    def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        second, received = partition(start, own_leaves)
+        shared = plain(client, received, round_number, lr)
+        return joined(shared, train_second(client, second, round_number, lr, penalty=distance(received, strength)))
+
+    return run
+
+
+def distance(anchor: Mapping[str, Tensor], strength: float) -> Penalty:
+    """Penalty strength / 2 ||v - anchor||^2 over all trained leaves v."""
+
+    def penalty(leaves: Mapping[str, Tensor]) -> Tensor:
+        squares = [(leaf - anchor[key].to(leaf.device)).square().sum() for key, leaf in leaves.items()]
+        return sum(squares[1:], squares[0]) * (strength / 2)
+
+    return penalty
+
+
+def train_second(client: Client, second: Mapping[str, Tensor], round_number: int, lr: float, penalty: Penalty | None = None) -> Fit:
+    """Train second leaves as a model by itself, on the same batches and with the same dropout as the first ones."""
+    kept = {name: as_first(partition(tree, own_leaves)[0]) for name, tree in _moments(client).items()}
+    found = client.fit(as_first(second), round_number=round_number, lr=lr, penalty=penalty, moments=kept or None)
+    moments = {name: as_own(tree) for name, tree in found.moments.items()}
+    return Fit(tree=as_own(found.tree), loss=found.loss, tokens=found.tokens, seconds=found.seconds, moments=moments)
+
+
+def joined(main: Fit, *others: Fit, unchanged: Mapping[str, Tensor] | None = None) -> Fit:
+    """Several fits of disjoint leaves as one: the loss of the `main` one, tokens and seconds of all."""
+    fits = (main, *others)
+    return Fit(
+        tree=combine(*(fit.tree for fit in fits), unchanged or {}),
+        loss=main.loss,
+        tokens=sum(fit.tokens for fit in fits),
+        seconds=sum(fit.seconds for fit in fits),
+        moments={name: combine(*(fit.moments[name] for fit in fits)) for name in main.moments},
+    )
+
+
+def _train(client: Client, leaves: Mapping[str, Tensor], round_number: int, lr: float, fixed: Mapping[str, Tensor]) -> Fit:
+    return client.fit(leaves, round_number=round_number, lr=lr, fixed=fixed, moments=_moments(client) or None)
+
+
+def _moments(client: Client) -> dict[str, Tree]:
+    """AdamW's state from the round before, of all leaves; `fit` takes what it needs."""
+    return {name.removeprefix("moments."): tree for name, tree in client.memory.trees.items() if name.startswith("moments.")}
