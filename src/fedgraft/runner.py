@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft import files, folders, origin
+from fedgraft.account.memory import workload
+from fedgraft.account.take import summary, take_account
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
 from fedgraft.data.partition import ClientData, load_clients
 from fedgraft.engine.inprocess import InProcess
 from fedgraft.evaluation.personal import evaluate_client
-from fedgraft.grafts.graft import GraftedModel, adapter_shapes
-from fedgraft.methods.method import Surroundings
+from fedgraft.grafts.graft import GraftedModel
+from fedgraft.methods.method import settled
 from fedgraft.moe.load import load_base
 from fedgraft.recipe import Recipe, load_recipe
 from fedgraft.report.html import leave_page
@@ -114,10 +116,13 @@ class Session:
         self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
         _check_rows(self.clients.values(), recipe.evaluation.split)
         progress.step(f"data; next the base model {recipe.model.name}")
-        self.model = GraftedModel(load_base(recipe.model), recipe.lora, recipe.graft)
-        shapes = adapter_shapes(self.model.base, recipe.lora)
-        self.method = self.method.settle(self.method, Surroundings(shapes=shapes, lora=recipe.lora, clients=list(self.clients)))
+        base = load_base(recipe.model)
+        self.method = settled(self.method, base, recipe.lora, list(self.clients))
+        work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
+        self.account = take_account(base, self.method, recipe.lora, recipe.graft, work)
+        self.model = GraftedModel(base, recipe.lora, recipe.graft)
         progress.step("model")
+        progress.tell(summary(self.account))
         self.engine = InProcess(
             questions={
                 "graft": lambda client, package: self.method.graft(self.method, client, package),

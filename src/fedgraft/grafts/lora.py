@@ -62,7 +62,7 @@ class Terms:
             x = F.dropout(inputs.to(next(iter(self.pairs.values()))[0].dtype), settings.dropout, training)
             for head, pair in self.pairs.items():
                 term = low_rank_term(x, *pair, settings.alpha)
-                total = total + (term * self.shares[head] if head in self.shares else term)
+                total = total + (term * self.shares[head].to(term.device) if head in self.shares else term)
         if self.residual:
             x = inputs.to(self.residual[0].dtype)
             for factor in self.residual:

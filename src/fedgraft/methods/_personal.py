@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from fedgraft.address import as_first, as_own, layer_of
 from fedgraft.bundle import Bundle
+from fedgraft.grafts.lora import Shapes
 from fedgraft.methods.method import Method, Prediction, Surroundings, fresh_leaves, personal_leaves
 from fedgraft.training.client import Client
 from fedgraft.training.local_rules import LocalRule
@@ -35,6 +36,11 @@ def last_layers_personal(layers: int, local: Callable[[Predicate], LocalRule]) -
         return replace(method, personal=personal, local=local(personal))
 
     return settle
+
+
+def twice(shapes: Shapes) -> Shapes:
+    """The leaves and second ones beside them."""
+    return shapes | as_own(shapes)
 
 
 def with_second(method: Method, client: Client) -> Tree:

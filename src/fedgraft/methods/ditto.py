@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedgraft.methods._personal import answer_second, with_second
+from fedgraft.methods._personal import answer_second, twice, with_second
 from fedgraft.methods.method import Method
 from fedgraft.training.personal_rules import own_leaves, pulled
 
@@ -21,4 +21,4 @@ def build(pull: float = 0.1) -> Method:
     """
     if pull < 0:
         raise ValueError(f"method.pull: {pull} pushes the personal model away from the shared one; choose 0 or more")
-    return Method(personal=own_leaves, fresh=with_second, local=pulled(pull), answer=answer_second)
+    return Method(leaves=twice, personal=own_leaves, fresh=with_second, local=pulled(pull), answer=answer_second)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedgraft.address import as_own
 from fedgraft.aggregation.server import Ask, Server
 from fedgraft.bundle import Bundle
-from fedgraft.methods._personal import answer_second
+from fedgraft.methods._personal import answer_second, twice
 from fedgraft.methods.method import Method
 from fedgraft.training.client import Client
 from fedgraft.training.personal_rules import first_alone, own_leaves
@@ -27,12 +27,18 @@ def build(rounds: int = 1, lr: float | None = None) -> Method:
         raise ValueError(f"method.rounds, method.lr: {rounds} rounds at {lr} train nothing; choose at least 1 round and a positive rate")
 
     def finalize(method: Method, server: Server, ask: Ask) -> None:
-        package = server.package({"shared": server.state.tree("shared")}, lr=lr or server.lr, rounds=rounds)
+        package = server.package({"shared": server.state.tree("shared")}, lr=float(lr or server.lr), rounds=rounds)
         for _ in ask("finish", dict.fromkeys(server.clients, package)):
             pass
 
     return Method(
-        personal=own_leaves, fresh=lambda method, client: {}, local=first_alone, finalize=finalize, finish=fine_tune, answer=answer_second
+        leaves=twice,
+        personal=own_leaves,
+        fresh=lambda method, client: {},
+        local=first_alone,
+        finalize=finalize,
+        finish=fine_tune,
+        answer=answer_second,
     )
 
 

@@ -17,8 +17,9 @@ from fedgraft.aggregation.merges import Merge, Update, by_examples
 from fedgraft.aggregation.server import Ask, Reply, Server
 from fedgraft.aggregation.server_steps import ServerStep, replace
 from fedgraft.bundle import Bundle, Fact
-from fedgraft.grafts.graft import Experts
+from fedgraft.grafts.graft import Experts, adapter_shapes
 from fedgraft.grafts.lora import LoraSettings, Shapes
+from fedgraft.moe.family import Anatomy
 from fedgraft.selection.select import select_experts
 from fedgraft.training.client import Client
 from fedgraft.training.local_rules import LocalRule, plain
@@ -41,6 +42,11 @@ class Surroundings:
     """The leaves of everything in `lora.targets`."""
     lora: LoraSettings
     clients: list[str]
+
+
+def unchanged(shapes: Shapes) -> Shapes:
+    """All leaves at the method's places, no others."""
+    return shapes
 
 
 def as_built(method: Method, surroundings: Surroundings) -> Method:
@@ -172,6 +178,8 @@ class Method:
 
     places: frozenset[str] = frozenset({"adapters"})
     """Where it has leaves: `attention`, `side`."""
+    leaves: Callable[[Shapes], Shapes] = unchanged
+    """What it trains and keeps, of the leaves at its places."""
     personal: Predicate = nothing
     """Leaves that never leave the client."""
     local: LocalRule = plain
@@ -198,6 +206,16 @@ class Method:
         """Recipe sections that have a meaning for this method, beyond those of every run."""
         attention = {"lora"} if self.places else set()
         return frozenset(attention | ({"graft", "selection"} if "side" in self.places else set()))
+
+
+def settled(method: Method, anatomy: Anatomy, lora: LoraSettings, clients: list[str]) -> Method:
+    """The method for one model and its clients.
+
+    Raises:
+        ValueError: a LoRA target does not exist, or the method cannot do what it was asked to; names the choices.
+    """
+    shapes = adapter_shapes(anatomy, lora) if "adapters" in method.places else {}
+    return method.settle(method, Surroundings(shapes=shapes, lora=lora, clients=clients))
 
 
 side_only = within("side")
