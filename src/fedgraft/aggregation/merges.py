@@ -30,7 +30,7 @@ class Merge:
     """Must see every delta at once; else replies are folded one at a time."""
 
 
-def _weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Update]], Tree]:
+def weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Update]], Tree]:
     """Running weighted mean per leaf in float64: exact for a single client, memory of one tree."""
 
     def run(updates: Iterable[Update]) -> Tree:
@@ -53,8 +53,8 @@ def _weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Upda
     return run
 
 
-by_examples = Merge(run=_weighted_mean(lambda update: float(update.examples)), linear=True)
+by_examples = Merge(run=weighted_mean(lambda update: float(update.examples)), linear=True)
 """sum_c n_c delta_c / sum_c n_c over the holders of each leaf (McMahan et al. 2017)."""
 
-uniform = Merge(run=_weighted_mean(lambda update: 1.0), linear=True)
+uniform = Merge(run=weighted_mean(lambda update: 1.0), linear=True)
 """Unweighted mean over the holders of each leaf."""

@@ -16,12 +16,25 @@ own_leaves = within("own")
 """Predicate: the client's second leaves, and their share."""
 
 
+def train(
+    client: Client,
+    leaves: Mapping[str, Tensor],
+    round_number: int,
+    lr: float,
+    *,
+    fixed: Mapping[str, Tensor] | None = None,
+    penalty: Penalty | None = None,
+) -> Fit:
+    """The round's batches once, as in plain training, beside `fixed` leaves or with an extra loss."""
+    return client.fit(leaves, round_number=round_number, lr=lr, fixed=fixed, penalty=penalty, moments=_moments(client) or None)
+
+
 def around(fixed: Predicate) -> LocalRule:
     """All leaves but the `fixed` ones, which are in use and stay as they are."""
 
     def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
         held, trained = partition(start, fixed)
-        return joined(_train(client, trained, round_number, lr, fixed=held), unchanged=held)
+        return joined(train(client, trained, round_number, lr, fixed=held), unchanged=held)
 
     return run
 
@@ -39,8 +52,8 @@ def in_turn(first: Predicate) -> LocalRule:
 
     def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
         early, late = partition(start, first)
-        before = _train(client, early, round_number, lr, fixed=late)
-        after = _train(client, late, round_number, lr, fixed=before.tree)
+        before = train(client, early, round_number, lr, fixed=late)
+        after = train(client, late, round_number, lr, fixed=before.tree)
         return joined(after, before)
 
     return run
@@ -88,10 +101,6 @@ def joined(main: Fit, *others: Fit, unchanged: Mapping[str, Tensor] | None = Non
         seconds=sum(fit.seconds for fit in fits),
         moments={name: combine(*(fit.moments[name] for fit in fits)) for name in main.moments},
     )
-
-
-def _train(client: Client, leaves: Mapping[str, Tensor], round_number: int, lr: float, fixed: Mapping[str, Tensor]) -> Fit:
-    return client.fit(leaves, round_number=round_number, lr=lr, fixed=fixed, moments=_moments(client) or None)
 
 
 def _moments(client: Client) -> dict[str, Tree]:
