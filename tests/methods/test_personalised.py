@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedgraft.address import as_first, as_own, layer_of
+from fedgraft.address import MIX, as_first, as_own, layer_of, own
 from fedgraft.bundle import Bundle
 from fedgraft.recipe import load_recipe
 from fedgraft.report.progress import Quiet
@@ -230,3 +230,109 @@ def test_interrupted_fine_tuning_resumes_and_an_extended_run_tunes_anew(place, t
 def test_fine_tuning_that_trains_nothing_is_refused(place, options):
     with pytest.raises(ValueError, match=r"method.rounds, method.lr: .* train nothing; choose"):
         load_recipe(with_options(place, "fedavg_ft", options))
+
+
+# APFL
+
+
+def test_apfls_ends_are_fedavg_and_local_and_its_shared_path_is_fedavg(start, place, tmp_path):
+    """Bit for bit, with dropout and kept moments."""
+    options = {"training": {"optimizer_state": "kept"}}
+    plain, alone = start("fedavg", **options).go(), start("local", **options).go()
+    shared, own = (begin(place, tmp_path / str(mix), "apfl", {"mix": mix}, **options).go() for mix in (0, 1))
+    assert equal(shared.state, plain.state)
+    assert equal(own.state, plain.state)
+    ids = torch.arange(24).reshape(2, 12)
+    for name in ROWS:
+        second = partition(own.memory(name).tree("personal"), lambda key: key != MIX)[0]
+        assert equal(as_first(second), alone.memory(name).tree("personal"))
+        first = partition(shared.memory(name).tree("personal"), lambda key: key != MIX)[0]
+        assert equal(as_first(first), shared.session.model.fresh_adapters(0))  # a share of 0 has no gradient
+        for run, expected in ((shared, plain.state), (own, alone.memory(name).tree("personal"))):
+            model = run.session.model
+            with model.using(answers(run, name)["personal"].tree, []), torch.no_grad():
+                found = model.base.model(ids).logits
+            with model.using(expected, []), torch.no_grad():
+                assert torch.equal(found, model.base.model(ids).logits)
+
+
+def test_apfl_predicts_with_the_blend_of_the_changes(place, tmp_path):
+    """W + 0.3 s B_v A_v + 0.7 s B_w A_w, against a single pair of twice the rank that holds both."""
+    run = begin(place, tmp_path, "apfl", {"mix": 0.3}, federation={"rounds": 1}).go()
+    tree, model = answers(run, "bo")["personal"].tree, run.session.model
+    joint = {}
+    for key in run.state:
+        if key.endswith(".A"):
+            other = key[:-1] + "B"
+            joint[key] = torch.cat([tree[key], tree[own(key)]])
+            joint[other] = 2 * torch.cat([0.7 * tree[other], 0.3 * tree[own(other)]], dim=1)  # alpha / 2r
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        with model.using(tree, []):
+            found = model.base.model(ids).logits
+        with model.using(joint, []):
+            torch.testing.assert_close(found, model.base.model(ids).logits, rtol=1e-5, atol=1e-5)
+        with model.using(run.state, []):
+            assert (found - model.base.model(ids).logits).abs().max() > 1e-4
+
+
+def test_apfls_share_adapts_by_its_own_rate_and_stays_in_bounds(place, tmp_path):
+    """One client and two rounds by hand: w, then v in the blend with the new w, then the share."""
+    run = begin(place, tmp_path, "apfl", {"mix_lr": 0.01}, clients=("ada",), federation={"rounds": 2}, training={"lr_min": LR}).go()
+    client = run.session._open_client("ada")
+    first, mix = run.session.model.fresh_adapters(0), {MIX: torch.tensor(0.5)}
+    second = as_own(first)
+    for number in (0, 1):
+        first = client.fit(first, round_number=number, lr=LR).tree
+        second = client.fit(second, round_number=number, lr=LR, fixed=first | mix).tree
+        mix = client.fit(mix, round_number=number, lr=0.01, fixed=first | second).tree
+    assert equal(run.memory("ada").tree("personal"), second | mix)
+    assert abs(mix[MIX].item() - 0.5) > 0.001
+    assert not any("mix" in key for key in sent_addresses(run))
+    far = begin(place, tmp_path / "far", "apfl", {"mix_lr": 1e3}, clients=("ada",), federation={"rounds": 2}).go()
+    assert far.memory("ada").tree("personal")[MIX].item() in {0.0, 1.0}
+
+
+@pytest.mark.parametrize("options", [{"mix": 1.1}, {"mix": -0.1}, {"mix_lr": -1.0}])
+def test_shares_that_are_none_are_refused(place, options):
+    with pytest.raises(ValueError, match=r"method.mix, method.mix_lr: .* choose a share from 0 to 1"):
+        load_recipe(with_options(place, "apfl", options))
+
+
+def test_second_pairs_on_experts_are_refused_before_training(place, tmp_path):
+    with pytest.raises(ValueError, match=r"lora.targets: this method adds .* at 'experts'"):
+        run_recipe(place.recipe("apfl", lora={"targets": ["q", "experts"]}), out=tmp_path / "run")
+
+
+# pFedMe
+
+
+def test_pfedme_by_hand(place, tmp_path):
+    """Two clients, one round of two steps of three inner ones; the server's mean is not weighted."""
+    options = {"pull": 2.0, "rate": 0.2, "inner": 3}
+    run = begin(place, tmp_path, "pfedme", options, clients=("ada", "bo"), federation={"rounds": 1}, training={"lr_min": LR}).go()
+    anchors = {}
+    for name in ("ada", "bo"):
+        client = run.session._open_client(name)
+        anchor = theta = run.session.model.fresh_adapters(0)
+        for number, parts in enumerate(client.batches(0)):
+            found = client.fit(theta, round_number=0, lr=LR, penalty=distance(anchor, 2.0), purpose=f"fit.{number}", steps=[parts] * 3)
+            theta = found.tree
+            anchor = {key: (leaf - 0.4 * (leaf.double() - theta[key].double())).float() for key, leaf in anchor.items()}
+        assert number == 1
+        assert equal(as_first(run.memory(name).tree("personal")), theta)
+        assert equal(answers(run, name)["personal"].tree, theta)
+        anchors[name] = anchor
+    for key, leaf in run.state.items():
+        torch.testing.assert_close(leaf, (anchors["ada"][key] + anchors["bo"][key]) / 2, rtol=0, atol=1e-7)
+
+
+def test_pfedme_that_goes_all_the_way_sends_its_personal_model(place, tmp_path):
+    run = begin(place, tmp_path, "pfedme", {"pull": 4.0, "rate": 0.25}, clients=("ada",)).go()
+    assert equal(run.state, as_first(run.memory("ada").tree("personal")))
+
+
+@pytest.mark.parametrize("options", [{"pull": 0.0}, {"rate": 0.1}, {"rate": 0.0}, {"inner": 0}])
+def test_pfedmes_options_are_checked(place, options):
+    with pytest.raises(ValueError, match=r"method.pull, method.rate, method.inner: .* at most 1 / pull"):
+        load_recipe(with_options(place, "pfedme", options))

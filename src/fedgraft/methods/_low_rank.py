@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from fedgraft.address import place_of
 from fedgraft.aggregation.low_rank_merges import cut
 from fedgraft.aggregation.merges import Update
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
-from fedgraft.grafts.lora import Shapes
 from fedgraft.methods.method import Method, Surroundings
 from fedgraft.tree import Tree
 
@@ -36,32 +34,6 @@ def ranks_of(ranks: Ranks, surroundings: Surroundings) -> dict[str, int]:
         if not 1 <= rank <= most:
             raise ValueError(f"method.ranks: rank {rank} of client {name!r}; choose 1 to lora.rank, which is {most}")
     return dealt
-
-
-def check_pairs_on_linear_layers(shapes: Shapes) -> None:
-    """Residuals and second pairs are added to the outputs of linear layers alone.
-
-    Raises:
-        ValueError: `lora.targets` names more than those.
-    """
-    elsewhere = sorted({place_of(key) for key in shapes} & {"expert", "router"})
-    if elsewhere:
-        targets = {"expert": "experts", "router": "router"}
-        named = " and ".join(repr(targets[place]) for place in elsewhere)
-        raise ValueError(
-            f"lora.targets: this method adds further terms to linear layers and cannot do so at {named}; "
-            "leave that out (there are q, k, v, o, mixer, shared, linear)"
-        )
-
-
-def on_linear_layers(change: Callable[[Method, Surroundings], Method]) -> Callable[[Method, Surroundings], Method]:
-    """Settles a method by `change`, after a check that its further terms have a place."""
-
-    def settle(method: Method, surroundings: Surroundings) -> Method:
-        check_pairs_on_linear_layers(surroundings.shapes)
-        return change(method, surroundings)
-
-    return settle
 
 
 def pack_cut(ranks: dict[str, int]) -> Callable[[Method, Server, str], Bundle]:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from fedgraft.address import is_residual
 from fedgraft.aggregation.low_rank_merges import averaged_with_residual, take
-from fedgraft.methods._low_rank import absorb_factors, on_linear_layers
+from fedgraft.methods._linear import on_linear_layers
+from fedgraft.methods._low_rank import absorb_factors
 from fedgraft.methods.method import Method
 from fedgraft.training.personal_rules import around
 

@@ -9,7 +9,8 @@ from fedgraft.address import is_residual
 from fedgraft.aggregation.low_rank_merges import cut, pile, stacked
 from fedgraft.aggregation.server import Ask, Server
 from fedgraft.bundle import Bundle
-from fedgraft.methods._low_rank import Ranks, absorb_factors, on_linear_layers, ranks_of
+from fedgraft.methods._linear import on_linear_layers
+from fedgraft.methods._low_rank import Ranks, absorb_factors, ranks_of
 from fedgraft.methods.method import Method, Surroundings, train_round
 from fedgraft.training.client import Client
 from fedgraft.training.personal_rules import around

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
-from fedgraft.address import as_first, as_own, within
+from fedgraft.address import MIX, as_first, as_own, within
 from fedgraft.training.client import Client
 from fedgraft.training.fit import Fit, Penalty
 from fedgraft.training.local_rules import LocalRule, plain
-from fedgraft.tree import Predicate, Tree, combine, partition
+from fedgraft.tree import Predicate, Tree, apply_delta, combine, partition, subtract
 
 own_leaves = within("own")
 """Predicate: the client's second leaves, and their share."""
@@ -69,6 +70,58 @@ def pulled(strength: float) -> LocalRule:
         second, received = partition(start, own_leaves)
         shared = plain(client, received, round_number, lr)
         return joined(shared, train_second(client, second, round_number, lr, penalty=distance(received, strength)))
+
+    return run
+
+
+def blended(mix_lr: float) -> LocalRule:
+    """The shared leaves as FedAvg trains them, then second ones inside a blend with those, then their share `own.mix` at its own rate.
+
+    The loss is that of the shared leaves. A share outside [0, 1] is set to the nearer end; a rate of 0 leaves it as it is.
+    """
+
+    def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        own, received = partition(start, own_leaves)
+        mix, second = partition(own, lambda key: key == MIX)
+        shared = plain(client, received, round_number, lr)
+        personal = train(client, second, round_number, lr, fixed=combine(shared.tree, mix))
+        if mix_lr == 0:
+            return joined(shared, personal, unchanged=mix)
+        share = train(client, mix, round_number, mix_lr, fixed=combine(shared.tree, personal.tree))
+        return joined(shared, personal, replace(share, tree={MIX: share.tree[MIX].clamp(0, 1)}))
+
+    return run
+
+
+def towards(pull: float, rate: float, inner: int) -> LocalRule:
+    """Moreau envelopes: per step of the round a personal model theta, then w -= rate pull (w - theta) for the shared one.
+
+    theta is near the minimum of loss + pull / 2 ||theta - w||^2 on that step's batch, after `inner` steps of AdamW from the theta before,
+    the first time from w. The shared leaves become w, the second ones theta; the loss is theta's.
+    """
+
+    def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        anchor = theta = partition(start, own_leaves)[1]
+        fits = []
+        for number, parts in enumerate(client.batches(round_number)):
+            fits.append(
+                client.fit(
+                    theta,
+                    round_number=round_number,
+                    lr=lr,
+                    penalty=distance(anchor, pull),
+                    purpose=f"fit.{number}",
+                    steps=[parts] * inner,
+                )
+            )
+            theta = {key: leaf.cpu() for key, leaf in fits[-1].tree.items()}
+            anchor = apply_delta(anchor, {key: change * (rate * pull) for key, change in subtract(theta, anchor).items()})
+        return Fit(
+            tree=combine(anchor, as_own(theta)),
+            loss=sum(fit.loss for fit in fits) / len(fits),
+            tokens=sum(fit.tokens for fit in fits),
+            seconds=sum(fit.seconds for fit in fits),
+        )
 
     return run
 
