@@ -222,6 +222,9 @@ def test_interrupted_fine_tuning_resumes_and_an_extended_run_tunes_anew(place, t
     session = Session(load_recipe(tmp_path / "whole" / "recipe.yaml"), tmp_path / "whole", Quiet())
     session.restore()
     memory = session.engine.store.load("cy", session.engine.asked)
+    run_recipe(place.recipe("fedavg", federation={"rounds": 1}), out=tmp_path / "plain")
+    resume(tmp_path / "plain", rounds=2)
+    assert Bundle.load(tmp_path / "plain" / "state" / "state.safetensors").digest() == session.server.state.digest()
     expected = session._open_client("cy").fit(session.server.state.tree("shared"), round_number=2, lr=LR).tree
     assert equal(as_first(memory.tree("personal")), expected)
 

@@ -62,6 +62,7 @@ def pruning(decay: float, strength: float) -> LocalRule:
     """Plain training with the penalty on the last ranks, which are cut off when they have become smaller."""
 
     def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        """All leaves together, with a penalty on the last ranks; a client drops those once they have become smaller."""
         rank = _rank(start)
         left = max(1, int(decay * rank))
 

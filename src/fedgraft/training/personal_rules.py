@@ -34,6 +34,7 @@ def around(fixed: Predicate) -> LocalRule:
     """All leaves but the `fixed` ones, which are in use and stay as they are."""
 
     def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        """All leaves but those that stay fixed, AdamW."""
         held, trained = partition(start, fixed)
         return joined(train(client, trained, round_number, lr, fixed=held), unchanged=held)
 
@@ -52,6 +53,7 @@ def in_turn(first: Predicate) -> LocalRule:
     """
 
     def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        """The personal leaves with the received shared ones fixed, then those with the new personal ones fixed."""
         early, late = partition(start, first)
         before = train(client, early, round_number, lr, fixed=late)
         after = train(client, late, round_number, lr, fixed=before.tree)
@@ -67,6 +69,7 @@ def pulled(strength: float) -> LocalRule:
     """
 
     def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        """The shared leaves as FedAvg; then the second ones alone, pulled towards the shared ones as received."""
         second, received = partition(start, own_leaves)
         shared = plain(client, received, round_number, lr)
         return joined(shared, train_second(client, second, round_number, lr, penalty=distance(received, strength)))
@@ -81,6 +84,7 @@ def blended(mix_lr: float) -> LocalRule:
     """
 
     def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        """The shared leaves as FedAvg; then the second ones by the loss of the blend; then their share, if it has a rate."""
         own, received = partition(start, own_leaves)
         mix, second = partition(own, lambda key: key == MIX)
         shared = plain(client, received, round_number, lr)
@@ -101,6 +105,7 @@ def towards(pull: float, rate: float, inner: int) -> LocalRule:
     """
 
     def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        """Per step, personal leaves near the optimum of that batch within reach of the shared ones, which then move towards them."""
         anchor = theta = partition(start, own_leaves)[1]
         fits = []
         for number, parts in enumerate(client.batches(round_number)):
