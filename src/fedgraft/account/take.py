@@ -139,7 +139,7 @@ def summary(account: Account) -> list[tuple[str, str]]:
 
 
 def _split(shapes: Shapes, method: Method) -> tuple[Leaves, Leaves]:
-    """(personal, shared) by the method's predicate.
+    """(personal, shared) by the method's predicate, of what it trains.
 
     Raises:
         ValueError: there is nothing to train, or the predicate takes all leaves or none though it is a pattern.
@@ -152,7 +152,8 @@ def _split(shapes: Shapes, method: Method) -> tuple[Leaves, Leaves]:
         found = ", ".join(sorted({address.place_of(key) for key in shapes}))
         what = "would stay on the client" if not personal else "would travel"
         raise ValueError(f"of the leaves this method trains ({found}) none {what}; use another method.name or other options of it")
-    return _leaves(shapes, personal), _leaves(shapes, shapes.keys() - personal)
+    trained = {key for key in personal if not method.frozen(key)}
+    return _leaves(shapes, trained), _leaves(shapes, shapes.keys() - personal)
 
 
 def _leaves(shapes: Shapes, keys: set[str]) -> Leaves:

@@ -12,7 +12,7 @@ def build() -> Method:
     Every client draws A from the run's seed, so it never travels. A pair has out x rank trained parameters; compare with other methods at
     equal trainable parameters by raising `lora.rank` (to twice theirs on square projections).
     """
-    return Method(personal=_drawn, local=around(_drawn))
+    return Method(personal=_drawn, frozen=_drawn, local=around(_drawn))
 
 
 def _drawn(key: str) -> bool:

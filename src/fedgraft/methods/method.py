@@ -182,6 +182,8 @@ class Method:
     """What it trains and keeps, of the leaves at its places."""
     personal: Predicate = nothing
     """Leaves that never leave the client."""
+    frozen: Predicate = nothing
+    """Of those, the ones that stay as they were drawn."""
     local: LocalRule = plain
     """How a client trains."""
     merge: Merge = by_examples
