@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, validate_call
 
 from fedgraft import files, plugins
-from fedgraft.aggregation.server import FederationSettings
+from fedgraft.address import everything
+from fedgraft.aggregation.merges import MEANS
+from fedgraft.aggregation.settings import FederationSettings
 from fedgraft.data.settings import DataSettings
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.grafts.lora import LoraSettings
@@ -72,8 +75,15 @@ class Recipe(Section):
                 raise ValueError(
                     f"method.{option}: {self.method.name!r} has no such option{plugins.nearest(option, known)}; its options: {listed}"
                 )
-        method = build(**options)
+        try:
+            method = validate_call(build)(**options)
+        except ValidationError as error:
+            raise ValueError(explain(error, "method.")) from None
         assert isinstance(method, Method)
+        method = self._with_merge(method)
+        for key in ("dropout", "deadline", "join") if method.pooled else ():
+            if getattr(self.federation, key) != FederationSettings.model_fields[key].default:
+                raise ValueError(f"federation.{key}: method {self.method.name!r} pools the rows, so no client can be missing; remove it")
         plugins.load("dataset", self.data.dataset)
         if "selection" in method.sections:
             plugins.load("criterion", self.selection.criterion)
@@ -82,6 +92,18 @@ class Recipe(Section):
                 f"{section}: set in the recipe, but method {self.method.name!r} doesn't use it; remove it, or --set {section}=null"
             )
         return method
+
+    def _with_merge(self, method: Method) -> Method:
+        """`federation.merge` in the place of the method's mean."""
+        rule = self.federation.merge
+        merge = rule.merge(method.merge)
+        if merge is method.merge:
+            return method
+        own = "" if method.merge in MEANS else "has a merge of its own"
+        nothing = "shares nothing" if method.personal is everything else ""
+        if why := method.needs_mean or nothing or own:
+            raise ValueError(f"federation.merge: {rule.rule!r} can't be used, since method {self.method.name!r} {why}; set it to mean")
+        return dataclasses.replace(method, merge=merge)
 
     def complete(self) -> dict[str, Any]:
         """The recipe with every default filled in, without sections that the method doesn't use."""
@@ -222,8 +244,8 @@ def _assign(values: dict[str, Any], override: str) -> dict[str, Any]:
     return result
 
 
-def explain(error: ValidationError) -> str:
-    """One line per problem, naming the key, the nearest known key and the allowed values."""
+def explain(error: ValidationError, place: str = "") -> str:
+    """One line per problem, naming the key (`place` stands before it), the nearest known key and the allowed values."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
@@ -231,12 +253,13 @@ def explain(error: ValidationError) -> str:
             known = _known_keys(tuple(problem["loc"][:-1]))
             lines.append(f"unknown key {key!r}{plugins.nearest(str(problem['loc'][-1]), known)}; there are: {', '.join(known)}")
         else:
-            lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+            lines.append(f"{place}{key}: {problem['msg']} (got {problem['input']!r})")
     return "\n".join(lines)
 
 
 def _known_keys(sections: tuple[Any, ...]) -> list[str]:
     model: Any = Recipe
     for section in sections:
-        model = model.model_fields[section].annotation
+        choices = {choice.model_fields["rule"].default: choice for choice in get_args(model)}  # of a section that comes in kinds
+        model = choices[section] if choices else model.model_fields[section].annotation
     return list(model.model_fields)
