@@ -64,7 +64,7 @@ def test_the_penalty_and_its_gradient_by_hand():
 
 
 def test_a_pull_away_is_refused(place):
-    with pytest.raises(ValueError, match=r"method.pull: -1 pushes .* choose 0 or more"):
+    with pytest.raises(ValueError, match=r"method.pull: -1.0 pushes .* choose 0 or more"):
         load_recipe(with_options(place, "ditto", {"pull": -1}))
 
 
