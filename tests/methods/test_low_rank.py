@@ -260,5 +260,5 @@ def test_runs_do_not_depend_on_anything_but_the_seed(start):
 
 @pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora", "fedex_lora"])
 def test_another_merge_in_the_place_of_the_methods_own_is_refused(place, name):
-    with pytest.raises(ValueError, match=rf"federation.merge: 'median' can't be used, since method '{name}' merges whole pairs by its own"):
+    with pytest.raises(ValueError, match=rf"federation.merge: 'median' can't be used, since method '{name}' needs its own"):
         load_recipe(place.recipe(name, federation={"merge": {"rule": "median"}}))
