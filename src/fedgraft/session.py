@@ -24,7 +24,7 @@ from fedgraft.data.partition import ClientData, check_rows, load_clients, pooled
 from fedgraft.engine.inprocess import InProcess
 from fedgraft.evaluation.personal import evaluate_client
 from fedgraft.grafts.graft import GraftedModel
-from fedgraft.methods.method import settled
+from fedgraft.methods.method import questions, settled
 from fedgraft.moe.load import load_base
 from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
@@ -60,19 +60,14 @@ class Session:
             self.training = recipe.training.for_pool(recipe.federation.clients_of(len(self.clients)))
         progress.step(f"data; next the base model {recipe.model.name}")
         base = load_base(recipe.model)
-        self.method = settled(self.method, base, recipe.lora, list(self.clients))
+        self.method = settled(self.method, base, recipe.lora, list(self.sites))
         work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
         self.account = take_account(base, self.method, recipe.lora, recipe.graft, work)
         self.model = GraftedModel(base, recipe.lora, recipe.graft)
         progress.step("model")
         progress.tell(summary(self.account))
         self.engine = InProcess(
-            questions={
-                "graft": lambda client, package: self.method.graft(self.method, client, package),
-                "train": lambda client, package: self.method.train(self.method, client, package),
-                "finish": lambda client, package: self.method.finish(self.method, client, package),
-                "evaluate": lambda client, package: evaluate_client(self.method, client, package, recipe.evaluation),
-            },
+            questions=questions(self.method) | {"evaluate": partial(evaluate_client, self.method, settings=recipe.evaluation)},
             open_client=self._open_client,
             store=MemoryStore(folder / "clients"),
             on_failure=self._failed,
@@ -215,12 +210,10 @@ class Session:
             self._commit()
 
     def _finalize(self) -> None:
-        """What the method does after its last round, once for a number of rounds."""
-        if self.method.finalize is None or self.server.state.facts.get("finalized") == self.server.round:
-            return
-        self._begin("finishing", len(self.clients))
-        self.method.finalize(self.method, self.server, self._ask)
-        self._commit(finalized=self.server.round)
+        if self.method.finalize is not None and self.server.state.facts.get("finalized") != self.server.round:
+            self._begin("finishing", len(self.sites))
+            self.method.finalize(self.method, self.server, self._ask)
+            self._commit(finalized=self.server.round)
 
     def _commit(self, **further: Any) -> None:
         facts = {**self.server.state.facts, "round": self.server.round, "asked": self.engine.asked, **further}
