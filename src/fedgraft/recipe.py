@@ -23,6 +23,8 @@ from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
 
 METHOD_SECTIONS = frozenset({"lora", "graft", "selection"})
+SWEEP_SECTIONS = ("grid", "variants", "per_method")
+"""What a sweep file holds beside a recipe."""
 
 
 class MethodSettings(Section):
@@ -57,8 +59,11 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0)
     """Every random stream derives from it."""
 
-    def build_method(self) -> Method:
+    def build_method(self, unused_allowed: bool = False) -> Method:
         """The method with its options.
+
+        Args:
+            unused_allowed: let sections pass that are set but that the method doesn't use.
 
         Raises:
             ValueError: unknown method, option, dataset or criterion, or a section set that the method doesn't use.
@@ -77,7 +82,8 @@ class Recipe(Section):
         plugins.load("dataset", self.data.dataset)
         if "selection" in method.sections:
             plugins.load("criterion", self.selection.criterion)
-        for section in sorted((self.model_fields_set & METHOD_SECTIONS) - method.sections):
+        unused = set() if unused_allowed else (self.model_fields_set & METHOD_SECTIONS) - method.sections
+        for section in sorted(unused):
             raise ValueError(
                 f"{section}: set in the recipe, but method {self.method.name!r} doesn't use it; remove it, or --set {section}=null"
             )
@@ -140,6 +146,21 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe | None = None, over
     """
     if isinstance(source, Recipe) and not overrides:
         return source
+    where, values = read_values(source, overrides)
+    recipe = check_values(values, where)
+    try:
+        recipe.build_method()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return recipe
+
+
+def read_values(source: str | Path | dict[str, Any] | Recipe | None, overrides: list[str] | None = None) -> tuple[str, dict[str, Any]]:
+    """What a recipe says, not checked yet, with overrides applied; and where it comes from, for messages.
+
+    Raises:
+        ValueError: no such file, broken YAML, an override that is none.
+    """
     where = "recipe"
     if isinstance(source, Recipe):
         values = source.model_dump(mode="json", exclude_unset=True)
@@ -151,17 +172,25 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe | None = None, over
     values = dict(values or {})
     values.pop("schema", None)  # a run's own recipe.yaml carries one
     for override in overrides or []:
-        values = _assign(values, override)
-    values = {section: value for section, value in values.items() if value is not None}
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {override}: write section.key=value")
+        values = assign(values, key, read_value(text, f"--set {override}"))
+    return where, values
+
+
+def check_values(values: dict[str, Any], where: str) -> Recipe:
+    """The recipe of these values; whether the method fits is not checked yet.
+
+    Raises:
+        ValueError: unknown key or bad value.
+    """
+    if found := [section for section in SWEEP_SECTIONS if section in values]:
+        raise ValueError(f"{where}: {found[0]}: this is a sweep, many runs from one file; start it with: fedgraft sweep {where}")
     try:
-        recipe = Recipe.model_validate(values)
+        return Recipe.model_validate({section: value for section, value in values.items() if value is not None})
     except ValidationError as error:
         raise ValueError(f"{where}: {explain(error)}") from None
-    try:
-        recipe.build_method()
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    return recipe
 
 
 def shipped() -> Path:
@@ -204,14 +233,20 @@ def read_yaml(text: str, where: str) -> Any:
     return values
 
 
-def _assign(values: dict[str, Any], override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"--set {override}: write section.key=value")
+def read_value(text: str, where: str) -> Any:
+    """One YAML value.
+
+    Raises:
+        ValueError: broken YAML.
+    """
     try:
-        value = yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
-        raise ValueError(f"--set {override}: the value is not valid YAML; quote it") from None
+        raise ValueError(f"{where}: the value is not valid YAML; quote it") from None
+
+
+def assign(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of nested `values` in which the dotted `key` is `value`."""
     *sections, last = key.split(".")
     result = place = dict(values)
     for section in sections:

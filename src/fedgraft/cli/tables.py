@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fedgraft.cli.frame import console
 
 if TYPE_CHECKING:
+    from fedgraft.report.over_seeds import SeedTable
     from fedgraft.report.record import Record
     from fedgraft.report.table import Table
 
@@ -27,6 +28,24 @@ def print_tables(tables: list[Table]) -> None:
             drawn.add_row(row, *(f"{values[name]:.{table.digits}f}" for name in table.columns), style=style)
         console().print(table.title, style="bold", highlight=False, soft_wrap=True)
         console().print(drawn)
+
+
+def print_over_seeds(tables: list[SeedTable]) -> None:
+    """Each figure as a table of groups, with mean, deviation and tests."""
+    from rich.table import Table as RichTable
+
+    from fedgraft.report.over_seeds import EXPLANATION
+
+    for table in tables:
+        first, *others = table.columns
+        drawn = RichTable(first)
+        for name in others:
+            drawn.add_column(name, justify="right")
+        for cells in table.cells():
+            drawn.add_row(*cells)
+        console().print(table.title, style="bold", highlight=False, soft_wrap=True)
+        console().print(drawn)
+    console().print(EXPLANATION, style="dim", highlight=False, soft_wrap=True)
 
 
 def print_cost(name: str, record: Record) -> None:
