@@ -10,7 +10,7 @@ SOURCES := src tests $(wildcard tools benchmarks)
 
 .DEFAULT_GOAL := help
 SHELL := bash
-.PHONY: help demo test check static bench venv clean
+.PHONY: help demo test check static bench docs venv clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -32,7 +32,12 @@ check: static ## Format, lint, types and the architecture tests
 bench: $(READY) ## Compare a round with a plain PyTorch loop, and memory with 200 clients to that with 4; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/plain_loop.py
 	$(BIN)/python benchmarks/memory.py
+	for size in qwen1.5-moe-a2.7b qwen3-30b-a3b; do $(BIN)/python benchmarks/full_size.py tests/account/configs/$$size.json --small; done
 	$(BIN)/python benchmarks/report.py
+
+docs: $(READY) ## Write the generated pages of docs/ and build the site in build/site
+	$(BIN)/python tools/docs/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 venv: $(READY) ## Make or refresh .venv with the tested versions
 

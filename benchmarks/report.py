@@ -32,6 +32,19 @@ allocator that keeps freed memory.""",
 All clients choose experts, grow a graft and are evaluated; `memory200` trains 4 of them in each of 2 rounds, `memory200_all` trains all.
 Every client has 50 rows of about 1,000 characters.""",
     ),
+    "Full-size models on one GPU": (
+        ("full_size_qwen1.5-moe-a2.7b", "full_size_qwen3-30b-a3b"),
+        """Random bf16 weights at the sizes of Qwen1.5-MoE-A2.7B and Qwen3-30B-A3B: every expert of every layer on 128 x 2,048 calibration
+tokens, then 10 steps of 4 x 2,048 tokens with gradient checkpointing, FLEx with rank 32. The ratio is model FLOPs utilisation: the work of
+training, without recomputation, over the rate of a large bf16 matrix product measured in the same process. Needs a GPU with 80 GB; give
+each of the two files in `tests/account/configs`.
+
+    python benchmarks/full_size.py tests/account/configs/qwen1.5-moe-a2.7b.json""",
+    ),
+    "The same in small": (
+        ("full_size_qwen1.5-moe-a2.7b_small", "full_size_qwen3-30b-a3b_small"),
+        """The same script with `--small` on a CPU: it shows that every line runs, and says nothing about a GPU.""",
+    ),
 }
 
 

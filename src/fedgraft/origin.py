@@ -32,6 +32,7 @@ def environment(base: Base, clients: Sequence[ClientData]) -> dict[str, Any]:
         "started": _now(),
         "base": base.name,
         "base_digest": base.digest,
+        "base_notes": list(base.notes),
         "data_digest": _digest(clients),
         "client_digests": digests,
         "clients": counts(clients),

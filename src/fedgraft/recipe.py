@@ -17,7 +17,7 @@ from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.grafts.lora import LoraSettings
 from fedgraft.grafts.side_expert import GraftSettings
 from fedgraft.methods.method import Method
-from fedgraft.moe.load import EMBEDDED, ModelSettings
+from fedgraft.moe.settings import EMBEDDED, ModelSettings
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings

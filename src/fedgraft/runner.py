@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft import files, folders, origin
+from fedgraft.account.memory import workload
+from fedgraft.account.take import summary, take_account
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
 from fedgraft.data.partition import ClientData, load_clients
@@ -113,8 +115,12 @@ class Session:
         self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
         _check_rows(self.clients.values(), recipe.evaluation.split)
         progress.step(f"data; next the base model {recipe.model.name}")
-        self.model = GraftedModel(load_base(recipe.model), recipe.lora, recipe.graft)
+        base = load_base(recipe.model)
+        work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
+        self.account = take_account(base, self.method, recipe.lora, recipe.graft, work)
+        self.model = GraftedModel(base, recipe.lora, recipe.graft)
         progress.step("model")
+        progress.tell(summary(self.account))
         self.engine = InProcess(
             questions={
                 "graft": lambda client, package: self.method.graft(self.method, client, package),

@@ -10,14 +10,15 @@ from pathlib import PurePath
 # Highest layer first. A module imports from lower rows, from its own part (cli, runner, grafts, ...), and within its row as BESIDE says.
 LAYERS = (
     {"cli"},
-    {"runner", "sweep"},
+    {"rehearsal", "checkup"},
+    {"runner", "starter", "sweep"},
     {"folders", "origin", "trouble"},
     {"recipe"},
-    {"engine", "evaluation", "report"},
+    {"engine", "evaluation", "report", "account"},
     {"methods"},
     {"training", "aggregation", "selection"},
     {"grafts", "moe", "data"},
-    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals"},
+    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals", "words"},
 )
 BESIDE = {
     "grafts": {"moe"},
@@ -28,7 +29,7 @@ BESIDE = {
 }
 # Foreign packages that only some parts may import; TYPES_ONLY names parts that may do so under `if TYPE_CHECKING:`.
 OWNERS = {"flwr": {"engine"}, "peft": {"grafts"}, "transformers": {"moe"}}
-TYPES_ONLY = {"transformers": {"data", "evaluation"}}
+TYPES_ONLY = {"transformers": {"data", "evaluation", "account"}}
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}
 PLUGIN_FOLDERS = ("fedgraft.methods", "fedgraft.moe.families", "fedgraft.selection.criteria", "fedgraft.data.datasets")

@@ -135,6 +135,20 @@ def test_bars_leave_the_terminal_alone_until_a_phase_begins():
     assert "starting" in console.file.getvalue()
 
 
+def test_rows_worth_reading_are_told_in_full():
+    said, sink = [], io.StringIO()
+    bars = Bars(Console(file=sink, width=40))
+    for progress in (Lines(said.append), bars):
+        progress.tell([("travels", "nine parameters [bold], 37.7 MB each way"), ("stays", "nothing")])
+        progress.close()
+    assert said == ["travels    nine parameters [bold], 37.7 MB each way", "stays      nothing"]
+    assert [line.rstrip() for line in sink.getvalue().splitlines() if line.strip()][:3] == [
+        "travels    nine parameters [bold],",
+        "           37.7 MB each way",
+        "stays      nothing",
+    ]
+
+
 def test_quiet_says_nothing(capfd):
     quiet = Quiet()
     quiet.begin("training", 2)

@@ -130,7 +130,7 @@ def test_a_missing_file(world, refused, tmp_path):
         (["training.lr=-1"], "training.lr: Input should be greater than 0 (got -1)"),
         (["federation.rounds=many"], "federation.rounds: Input should be a valid integer"),
         (["data.max_length=3"], "data.max_length: Input should be greater than or equal to 16 (got 3)"),
-        (["model.dtype=float8"], "model.dtype: Input should be 'float32' or 'bfloat16' (got 'float8')"),
+        (["model.dtype=float8"], "model.dtype: Input should be 'float32', 'bfloat16' or 'float16' (got 'float8')"),
     ],
 )
 def test_recipes(world, refused, tmp_path, assignments, message):

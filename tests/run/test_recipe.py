@@ -104,7 +104,7 @@ def test_null_takes_a_section_back():
         ({"training": {"lr": "fast"}}, [], ["training.lr", "valid number", "'fast'"]),
         ({"training": {"lr": 0}}, [], ["training.lr", "greater than 0"]),
         ({"training": {"steps": 1.5}}, [], ["training.steps", "1.5"]),
-        ({"model": {"dtype": "float16"}}, [], ["model.dtype", "'float32' or 'bfloat16'", "'float16'"]),
+        ({"model": {"dtype": "float8"}}, [], ["model.dtype", "'float32', 'bfloat16' or 'float16'", "'float8'"]),
         ({"model": {"name": None}}, [], ["model.name", "valid string"]),
         ({"seed": -1}, [], ["seed", "greater than or equal to 0"]),
         ({"data": {"categories": [1]}}, [], ["data.categories.0", "valid string"]),

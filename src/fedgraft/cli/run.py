@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedgraft.cli.frame import AsJson, IsQuiet, IsVerbose, app, print_json, reporting, starting
+from fedgraft.cli.rehearse import rehearse
 from fedgraft.cli.tables import print_cost, print_tables
 
 if TYPE_CHECKING:
@@ -21,11 +22,15 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="New folder for the run [default: runs/<method>-<time>].")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value. Repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Go through everything up to the first step; write nothing.")] = False,
     as_json: AsJson = False,
     quiet: IsQuiet = False,
     verbose: IsVerbose = False,
 ) -> None:
     """Run a recipe and print its tables."""
+    if dry_run:
+        rehearse(recipe, out, set_, as_json=as_json, quiet=quiet)
+        return
     with reporting(quiet or as_json, verbose) as progress:
         with starting(quiet or as_json):
             from fedgraft.runner import run as execute

@@ -37,7 +37,7 @@ def windows(tokenizer: Any, tokens: int) -> Tensor:
     return torch.tensor(ids[: count * WINDOW]).view(count, -1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def general_loss(base: Base, tokens: int, precision: str) -> float:
     """Mean nats per token of the model as it stands, over about `tokens` tokens of general text."""
     losses = []

@@ -38,7 +38,7 @@ def evaluate_client(method: Method, client: Client, package: Bundle, settings: E
     return Bundle(facts={"models": results})
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def response_figures(client: Client, model: Prediction, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
     """Teacher-forced figures over the response tokens of `examples`.
 
@@ -97,7 +97,7 @@ def _response_sums(logits: Tensor, targets: Tensor) -> tuple[float, float, float
     return float(nll), float((logits.argmax(-1) == targets).sum()), float(targets.numel())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def rouge_l(client: Client, model: Prediction, examples: Sequence[Example], settings: EvaluationSettings) -> float:
     """Mean ROUGE-L F1 (rouge-score, stemmer) of greedy answers, in percent."""
     from rouge_score.rouge_scorer import RougeScorer
@@ -108,7 +108,7 @@ def rouge_l(client: Client, model: Prediction, examples: Sequence[Example], sett
     return float(100 * sum(scores) / max(1, len(scores)))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(client: Client, model: Prediction, examples: Sequence[Example], settings: EvaluationSettings) -> list[str]:
     """Greedy answers with a KV cache, batched; prompts are padded on the left."""
     base, data = client.model.base, client.data_settings

@@ -15,6 +15,7 @@ from fedgraft.grafts.side_expert import GraftSettings, SeeGate, SideExperts
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.load import Base
 from fedgraft.moe.projections import Projection
+from fedgraft.moe.weights import compute_device, plain, stored
 from fedgraft.tree import Tree, digest
 
 PROBE_TOKENS = 16
@@ -33,6 +34,10 @@ class GraftedModel:
         """
         self.base, self.lora_settings, self.graft_settings = base, lora, graft
         self._frozen = dict(base.model.named_parameters())
+        self._holders = {name: base.model.get_submodule(name.rpartition(".")[0]) for name in self._frozen}
+        linears = [(projection.layer, base.model.get_submodule(projection.path)) for projection in base.projections]
+        parts = [*linears, *((site.layer, site.experts) for site in base.sites)]  # a decoder layer lies on one device
+        self._devices = {f"layers.{layer}": compute_device(part) for layer, part in parts}
         self._pairs: Shapes = low_rank_shapes(base, lora)
         self._adapters: list[LowRank | RouterRows | ExpertPairs] = [LowRank(base, lora)]
         self._router = RouterRows(base) if "router" in lora.targets else None
@@ -52,16 +57,21 @@ class GraftedModel:
         """New leaves of the grafted experts and their gates, on the CPU."""
         return self._side.fresh(experts, seed)
 
+    def placed(self, tree: Mapping[str, Tensor]) -> Tree:
+        """The leaves where their layers compute; a leaf that is there already stays the same object."""
+        inputs = self.base.device
+        return {key: leaf.to(self._devices.get(".".join(key.split(".", 2)[:2]), inputs)) for key, leaf in tree.items()}
+
     @contextmanager
     def using(self, tree: Mapping[str, Tensor], experts: Experts) -> Iterator[None]:
-        """Predict with `tree`, moved to the model's device, inside the block; the plain base model outside.
+        """Predict with `tree`, moved to its layers' devices, inside the block; the plain base model outside.
 
         Keep it open through `backward`: with gradient checkpointing the forward is run again there.
 
         Raises:
             ValueError: a leaf would have no effect: its address is unknown, not a LoRA target, or of a graft that `experts` lacks.
         """
-        tree = {key: leaf.to(self.base.device) for key, leaf in tree.items()}  # a leaf that is there already stays the same object
+        tree = self.placed(tree)
         try:
             used = self._side.put(tree, experts).union(*(adapter.put(tree) for adapter in self._adapters))
             unknown = tree.keys() - used
@@ -79,7 +89,7 @@ class GraftedModel:
 
     def frozen_digest(self) -> str:
         """Digest over every pretrained parameter, to show that none has changed."""
-        return digest({name: parameter.data for name, parameter in self._frozen.items()})
+        return digest({name: plain(stored(module, name.rpartition(".")[2])).detach() for name, module in self._holders.items()})
 
 
 def _check_they_run(base: Base, chosen: Sequence[Projection]) -> None:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedgraft.moe.weights import part
+
 Projected: TypeAlias = tuple[Tensor | None, Tensor]
 """(gate [T, I], up [T, I]) before the activation; gate is None for experts without a gate projection."""
 
@@ -89,15 +91,14 @@ def fused_expert(
 
 def contract_expert(module: Any, index: int) -> Expert:
     """Expert `index` of an experts module that follows transformers' experts contract (`use_experts_implementation`)."""
-    first = module.gate_up_proj if module.has_gate else module.up_proj
-    first_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None
-    fused, down = first[index].detach(), module.down_proj[index].detach()
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    fused, down = part(module, first, index), part(module, "down_proj", index)
     return fused_expert(
         fused.mT if module.is_transposed else fused,
         down.mT if module.is_transposed else down,
         _activation(module),
-        first_bias=None if first_bias is None else first_bias[index].detach(),
-        down_bias=module.down_proj_bias[index].detach() if module.has_bias else None,
+        first_bias=part(module, f"{first}_bias", index) if module.has_bias else None,
+        down_bias=part(module, "down_proj_bias", index) if module.has_bias else None,
         has_gate=bool(module.has_gate),
         concatenated=bool(module.is_concatenated),
     )

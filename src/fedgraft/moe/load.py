@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
+from logging import CRITICAL
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from fedgraft.moe.family import Anatomy, anatomy_of
+from fedgraft.moe.architecture import Architecture, stray_text_weights
+from fedgraft.moe.checkpoint import inspect_folder
+from fedgraft.moe.family import Anatomy, Family, anatomy_of
+from fedgraft.moe.hub import hub_weights
+from fedgraft.moe.memory import check_room
+from fedgraft.moe.plan import Plan, examine, file_notes
+from fedgraft.moe.quantise import check_plain, quiet_torchao
+from fedgraft.moe.settings import ModelSettings
 from fedgraft.moe.site import Site
-from fedgraft.settings import Section
+from fedgraft.moe.weights import compute_device, is_offloaded, keep_in_memory, vectors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-EMBEDDED = "demo"
-
-
-class ModelSettings(Section):
-    """The pretrained base every site holds."""
-
-    name: str = EMBEDDED
-    """`demo` (embedded in the package), a local folder, or a Hugging Face hub name (the only case in which anything is downloaded)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision in which the frozen base is kept in memory."""
-    device: str = "auto"
-    """`auto` (a GPU when torch sees one), `cpu`, `cuda`, `cuda:1`, `mps`."""
-    experts: Literal["grouped_mm", "eager", "batched_mm"] = "grouped_mm"
-    """transformers' expert dispatch. batched_mm needs many gigabytes and is slow on a CPU."""
-    threads: int | None = Field(default=None, ge=1)
-    """Torch CPU threads; empty keeps torch's choice. Small models are often fastest with 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +35,14 @@ class Base(Anatomy):
     name: str
     tokenizer: PreTrainedTokenizerBase
     digest: str
-    """SHA-256 over configuration and weight files (hub: name and commit)."""
+    """SHA-256 over configuration, tokenizer and every byte of the weight files (hub: name and commit)."""
+    notes: tuple[str, ...] = ()
+    """What was found and done while loading that changes numbers or leaves something out."""
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
-        device: torch.device = self.model.device
-        return device
+        """Where inputs go, and logits come back to."""
+        return compute_device(self.model.get_input_embeddings())
 
     @property
     def pad_id(self) -> int:
@@ -68,7 +57,7 @@ class Base(Anatomy):
         The head then sees no other position: with a long vocabulary it is a good part of the work, and its logits most of the memory.
         """
         head: Any = self.model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda _, args: (args[0][chosen], *args[1:]))
+        handle = head.register_forward_pre_hook(lambda _, args: (args[0][chosen.to(args[0].device)], *args[1:]))
         try:
             yield
         finally:
@@ -79,34 +68,40 @@ def load_base(settings: ModelSettings) -> Base:
     """Load model and tokenizer, freeze every weight, find the MoE layers and check that each runs once per forward.
 
     Raises:
-        ValueError: no such model, damaged files, or an architecture without MoE layers.
+        ValueError: settings that this machine cannot carry out, no such model, a damaged or incomplete checkpoint, one that is no
+            decoder-only MoE language model, or one that does not fit into memory.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # the run has its own
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    source = locate(settings.name)
-    device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "experts_implementation": settings.experts}
+    plan = examine(settings)
+    check_room(settings.name, plan.needed, plan.room, settings)
+    checkpoint = plan.checkpoint or inspect_folder(hub_weights(settings, str(plan.commit)))
+    where = f"model.name {settings.name!r}:"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"model.name {settings.name!r}: cannot be loaded as an MoE language model ({error})") from error
-    return prepare(settings.name, model.to(device), tokenizer, _digest(source, model.config))
+        check_plain(plan.architecture, checkpoint)
+        tokenizer = _tokenizer(checkpoint.folder, plan.architecture)
+        model = _model(checkpoint.folder, plan)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
+    digest = _digest(checkpoint.folder) if plan.commit is None else _digest_of_commit(settings.name, plan.commit)
+    return prepare(settings.name, model, tokenizer, digest, (*plan.notes, *file_notes(settings, checkpoint)))
 
 
-def prepare(name: str, model: Any, tokenizer: Any, digest: str) -> Base:
+def prepare(name: str, model: Any, tokenizer: Any, digest: str, notes: tuple[str, ...] = ()) -> Base:
     """A `Base` from a live model and tokenizer: frozen, its MoE layers found and probed."""
     model.requires_grad_(False).eval()
     anatomy = anatomy_of(model)
-    probe(model, anatomy.sites)
-    return Base(name=name, tokenizer=tokenizer, digest=digest, **vars(anatomy))
+    for site in anatomy.sites:
+        for part in (site.router, *vectors(site.block)):  # small, and read between forwards too
+            keep_in_memory(part)
+        if is_offloaded(site.experts) and anatomy.family.expert is not Family.expert:
+            raise ValueError(f"{site.path}: experts of {model.config.model_type} cannot be offloaded; raise model.max_memory")
+    base = Base(name=name, tokenizer=tokenizer, digest=digest, notes=notes, **vars(anatomy))
+    probe(model, base.sites, base.device)
+    return base
 
 
-def probe(model: nn.Module, sites: list[Site]) -> None:
+def probe(model: nn.Module, sites: list[Site], device: torch.device | str = "cpu") -> None:
     """Check that every MoE layer runs exactly once in a forward; kernels that replace a whole block would bypass the grafts.
 
     Raises:
@@ -123,7 +118,7 @@ def probe(model: nn.Module, sites: list[Site]) -> None:
     handles = [site.hooked.register_forward_hook(counter(site.path)) for site in sites]
     try:
         with torch.no_grad():
-            model(torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device))
+            model(torch.zeros(1, 2, dtype=torch.long, device=device))
     finally:
         for handle in handles:
             handle.remove()
@@ -132,31 +127,67 @@ def probe(model: nn.Module, sites: list[Site]) -> None:
         raise ValueError(f"{wrong[0]}: ran {fired[wrong[0]]} times in one forward, so a graft there would not act as specified")
 
 
-def locate(name: str) -> str:
-    """Folder or hub name to load from.
+def _tokenizer(folder: Path, architecture: Architecture) -> Any:
+    from transformers import AutoTokenizer
 
-    Raises:
-        ValueError: it looks like a path and is not there.
-    """
-    if name == EMBEDDED:
-        return str(resources.files("fedgraft") / "assets" / "base")
-    looks_local = name.startswith((".", "/", "~")) or os.sep in name[:1] or name.count("/") > 1
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if looks_local:
-        raise ValueError(f"model.name {name!r}: no such folder")
-    return name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise ValueError(f"its tokenizer cannot be read ({error}); copy its files again") from error
+    vocabulary = architecture.config.vocab_size
+    if len(tokenizer) > vocabulary:
+        raise ValueError(f"its tokenizer has {len(tokenizer):,} tokens, the model {vocabulary:,}; the files are of two models")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError("its tokenizer names neither a padding nor an end token; set eos_token in tokenizer_config.json")
+    return tokenizer
 
 
-def _digest(source: str, config: Any) -> str:
+def _model(folder: Path, plan: Plan) -> Any:
+    """The weights, complete: transformers would draw missing ones at random and drop those it has no place for."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the run has its own
+    level = logging.get_verbosity()
+    logging.set_verbosity(CRITICAL)  # what its report says is raised here
+    options = plan.options | {"use_safetensors": True, "trust_remote_code": False}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # mismatches are raised below, with their names
+    try:
+        with quiet_torchao():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except RuntimeError as error:  # transformers puts experts stored one by one together
+        raise ValueError(f"its weights don't make up the model of config.json, one may be missing or of another shape ({error})") from error
+    except (OSError, KeyError, ValueError, ImportError) as error:
+        raise ValueError(f"cannot be loaded as a causal language model ({error})") from error
+    finally:
+        logging.set_verbosity(level)
+    model, found = loaded
+    for key, stored, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(f"{key} is {list(stored)} in the checkpoint and {list(wanted)} by config.json; they are of two models")
+    if found["missing_keys"]:
+        raise ValueError(f"the checkpoint lacks {_some(found['missing_keys'])}; it is incomplete, copy it again")
+    if stray := stray_text_weights(plan.architecture, found["unexpected_keys"]):
+        raise ValueError(f"config.json has no place for {_some(stray)}; it is of another model than the weights")
+    return model
+
+
+def _some(keys: Any) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _digest(folder: Path) -> str:
+    """Every byte counts, so that a base that differs in one weight is another base."""
     sums = hashlib.sha256()
-    if not Path(source).is_dir():
-        return hashlib.sha256(f"{source}@{getattr(config, '_commit_hash', None)}".encode()).hexdigest()
-    for path in sorted(Path(source).iterdir()):
+    for path in sorted(folder.iterdir()):
         if path.name in {"config.json", "tokenizer.json"} or path.suffix == ".safetensors":
             sums.update(path.name.encode())
             with path.open("rb") as content:
                 while block := content.read(1 << 22):
                     sums.update(block)
     return sums.hexdigest()
+
+
+def _digest_of_commit(name: str, commit: str) -> str:
+    """A hub commit stands for its bytes."""
+    return hashlib.sha256(f"{name}@{commit}".encode()).hexdigest()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+from fedgraft.words import labelled
 
 SHOWN_LOSSES = 6
 """Clients whose latest loss is shown under the bars."""
@@ -25,6 +27,9 @@ class Progress(Protocol):
     def warn(self, text: str) -> None:
         """Something that the user should know."""
 
+    def tell(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Something worth reading, as (label, text) a line."""
+
     def close(self) -> None:
         """Nothing more comes."""
 
@@ -43,6 +48,9 @@ class Quiet:
 
     def warn(self, text: str) -> None:
         """Something that the user should know."""
+
+    def tell(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Something worth reading, as (label, text) a line."""
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -104,6 +112,11 @@ class Lines:
     def warn(self, text: str) -> None:
         """Something that the user should know."""
         self.write(f"warning: {text}")
+
+    def tell(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Something worth reading, as (label, text) a line."""
+        for label, text in rows:
+            self.write(f"{label:<10} {text}")
 
     def close(self) -> None:
         """Nothing more comes."""
@@ -171,6 +184,14 @@ class Bars:
     def warn(self, text: str) -> None:
         """Something that the user should know."""
         self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def tell(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Something worth reading, as (label, text) a line."""
+        from rich.markup import escape
+
+        for row in rows:
+            for label, text in labelled(*row, self.console.width):
+                self.console.print(f"[bold]{label}[/] {escape(text)}", highlight=False)
 
     def close(self) -> None:
         """Nothing more comes."""

@@ -89,7 +89,7 @@ def measure(
     assert not base.model.training, "calibration runs the model as it predicts: call eval() first"
     _check_budget(base.sites, tokens, gram)
     meter = _Meter(base, tokens, gram)
-    with torch.inference_mode(), watching(base.sites, meter.see):
+    with torch.no_grad(), watching(base.sites, meter.see):
         for batch in batches:
             mask = batch.mask.to(base.device) != 0
             meter.real = _first(mask.flatten(), tokens - meter.seen)

@@ -76,7 +76,7 @@ def fit(
     Raises:
         NotFiniteError: the loss or its gradient became NaN or infinite; nothing is returned, so the caller's leaves stand.
     """
-    leaves = {key: leaf.to(model.base.device).requires_grad_() for key, leaf in clone(trained).items()}
+    leaves = {key: leaf.requires_grad_() for key, leaf in model.placed(clone(trained)).items()}
     order = sorted(leaves)
     optimizer = torch.optim.AdamW([leaves[key] for key in order], lr=lr, weight_decay=settings.weight_decay, foreach=True)
     if moments:
