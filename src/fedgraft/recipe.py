@@ -82,6 +82,8 @@ class Recipe(Section):
         plugins.load("dataset", self.data.dataset)
         if "selection" in method.sections:
             plugins.load("criterion", self.selection.criterion)
+        for target in sorted(method.targets - set(self.lora.targets)):
+            raise ValueError(f"lora.targets: method {self.method.name!r} with these options needs {target!r} there; add it")
         unused = set() if unused_allowed else (self.model_fields_set & METHOD_SECTIONS) - method.sections
         for section in sorted(unused):
             raise ValueError(
