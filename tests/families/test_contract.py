@@ -173,6 +173,21 @@ def test_selection_finds_a_planted_expert(name):
     assert relative[:, [number for number in range(E) if number != 6]].min() > 1e-3
 
 
+@every_family
+def test_selection_rebuilds_what_the_layer_put_out(name):
+    """||R||^2 with the model's own weights is that of the layer's routed output, experts that compute nothing included."""
+    anatomy = anatomy_of(shared_twin(name))
+    seen = seen_in(anatomy)
+    profile = measure(prepare_again(anatomy, anatomy.sites), [Rows(ids(), torch.ones_like(ids()))], 20)
+    for layer, (site, routed) in enumerate(zip(anatomy.sites, seen, strict=True)):
+        used = torch.stack([(routed.index == number).any(-1).sum() for number in range(site.num_experts)])
+        assert profile.count_LE[layer].tolist() == used.tolist()
+        if name.startswith("llama4"):  # its scores act on the inputs, so the output is no multiple of R
+            continue
+        own = routed.y.double() - (site.block.bias.double() if name == "jetmoe" else 0)
+        torch.testing.assert_close(profile.raw_full_sq_L[layer], own.square().sum(), rtol=1e-4, atol=0)
+
+
 def prepare_again(anatomy, sites):
     """The anatomy with other sites, as a base."""
     from fedgraft.moe.load import prepare

@@ -15,7 +15,7 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="One run folder, finished or not, or several to be set side by side.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The page to write [default: report.html in the run folder; comparison.html here for several runs]."),
+        typer.Option("--out", help="The page to write (default: report.html in the run folder; comparison.html here for several runs)."),
     ] = None,
 ) -> None:
     """Write a page about a run, or about several, and print where it lies. It needs no network and no other file."""

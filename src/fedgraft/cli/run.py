@@ -20,7 +20,7 @@ def run(
     recipe: Annotated[
         str | None, typer.Argument(help="A YAML file or the name of a shipped recipe; without one, the embedded demo.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="New folder for the run [default: runs/<method>-<time>].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="New folder for the run (default: runs/<method>-<time>).")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value. Repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Go through everything up to the first step; write nothing.")] = False,
     as_json: AsJson = False,

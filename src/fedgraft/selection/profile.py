@@ -209,5 +209,5 @@ def _routed(shape: torch.Size, index: Tensor, weight: Tensor, output: Callable[[
     for number in experts:
         token, place = torch.where(index == number)
         if len(token):
-            total[token] += weight[token, place, None] * output(number, token)
+            total.index_add_(0, token, weight[token, place, None] * output(number, token))
     return total
