@@ -257,3 +257,7 @@ def test_a_mixture_starts_from_the_weighted_mean_of_weights(tiny_graft, family):
 def test_a_mixture_needs_weights_of_its_own(other):
     with pytest.raises(ValidationError, match="takes train: full, form: faithful and per_layer: 1"):
         GraftSettings(mixture=2, **other)
+
+
+def test_on_and_off_are_what_yaml_makes_of_them():
+    assert [GraftSettings(gate=gate).gate for gate in (True, False, "off", "fixed")] == ["learned", "off", "off", "fixed"]

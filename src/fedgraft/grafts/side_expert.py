@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from fedgraft import address
@@ -47,7 +47,8 @@ class GraftSettings(Section):
     train: Literal["lora", "full"] = "lora"
     """What of the expert is trained: low-rank pairs on gate, up and down (sizes from `lora`), or all its weights."""
     gate: Literal["learned", "fixed", "off"] = "learned"
-    """`learned`: trained with the expert; `fixed`: stays at its start; `off`: the expert is added with weight 1. No effect `in_place`."""
+    """`learned` (or `on`): trained with the expert; `fixed`: stays at its start; `off`: the expert is added with weight 1. Of no effect
+    `in_place`."""
     gate_start: Literal["router_row", "low"] = "router_row"
     """`router_row`: the router's row of the source expert, no bias; `low`: weight 0 and bias -2, a sigmoid of 0.12. Of no effect
     without a gate."""
@@ -64,6 +65,12 @@ class GraftSettings(Section):
     def learns_gate(self) -> bool:
         """Whether a graft has a gate among its leaves."""
         return self.has_gate and self.gate == "learned"
+
+    @field_validator("gate", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        """YAML reads `on` and `off` as true and false."""
+        return {True: "learned", False: "off"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _check_mixture(self) -> Self:

@@ -1,6 +1,6 @@
 """Is one group of runs better than another, beyond what its seeds do? Paired over what both have: the same seed has the same data.
 
-Paired t test: over seeds, on the mean over clients; seeds draw everything anew, so the pairs are independent. Wilcoxon's signed-rank
+Paired t test: over seeds, on the mean over clients; given the data, seeds are independent of each other. Wilcoxon's signed-rank
 test: over seeds x clients, more pairs and no normality, but the clients of one run share its aggregated leaves, so its p is on
 the hopeful side. Both are two-sided. Against several comparisons with one reference p is corrected after Holm (1979).
 """
