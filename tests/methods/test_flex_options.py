@@ -138,6 +138,8 @@ def test_a_client_that_never_trained_is_evaluated_and_keeps_no_trace(start):
     before = {name: run.memory(name).encode() for name in ROWS}
     run.session._evaluate()
     assert {name: run.memory(name).encode() for name in ROWS} == before
+    engine = run.session.engine
+    assert all(max(engine.store.versions(name)) <= engine.asked for name in ROWS)  # no file of a memory that evaluation made
 
 
 @pytest.mark.parametrize("graft", [{"per_layer": 2}, {"train": "full", "mixture": 2}, {"form": "in_place"}, {"gate": "off"}], ids=str)

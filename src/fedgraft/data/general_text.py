@@ -21,7 +21,7 @@ def calibration_texts() -> tuple[str, ...]:
 
 
 def _calibrates(at: int) -> bool:
-    """Every other document of the second half, so that all sources there are in both parts."""
+    """Every other document of the second half, so that the sources there are in both parts."""
     return at >= len(_texts()) // 2 and at % 2 == 1
 
 

@@ -17,7 +17,8 @@ from fedgraft.report.table import FIGURES
 EXPLANATION = (
     "Mean over the clients' personal models, then mean and sample standard deviation over seeds. Differences are paired by seed. The "
     "paired t test is over seeds, on the means over clients; Wilcoxon's signed-rank test is over seeds x clients, whose pairs are not "
-    "independent, since the clients of a run share its leaves. Both are two-sided, p after Holm for the comparisons of a table."
+    "independent, since the clients of a run share its leaves. Both are two-sided and take at least 3 seeds, p after Holm for the "
+    "comparisons of a table."
 )
 
 
@@ -56,13 +57,23 @@ class SeedTable:
         }
 
     @property
+    def heading(self) -> str:
+        """Figure and reference."""
+        return f"{self.title}; differences to {self.baseline}" if len(self.rows) > 1 else self.title
+
+    @property
+    def tested(self) -> bool:
+        """Whether any row has seeds enough for a test."""
+        return any(row.against is not None and row.against.seeds >= paired.FEWEST_SEEDS for row in self.rows)
+
+    @property
     def columns(self) -> list[str]:
         """Headings of `cells`."""
-        return ["runs", "seeds", "mean ± std", f"against {self.baseline}", "paired t, p", "Wilcoxon, p"]
+        return ["runs", "seeds", "mean ± std", "difference", *(["paired t, p (seeds)", "Wilcoxon, p (pairs)"] if self.tested else ["test"])]
 
     def cells(self) -> list[list[str]]:
         """The rows as people read them."""
-        return [_cells(row, self.digits) for row in self.rows]
+        return [_cells(row, self.digits, self.tested) for row in self.rows]
 
 
 def seed_tables(records: Sequence[Record], baseline: str | None = None) -> list[SeedTable]:
@@ -90,7 +101,7 @@ def section(records: Sequence[Record], baseline: str | None = None) -> list[Sect
     if not several_seeds(records):
         return []
     tables = [
-        Grid(caption=f"{table.title}, {_better(table)}", columns=table.columns, rows=table.cells())
+        Grid(caption=f"{table.heading} ({_better(table)})", columns=table.columns, rows=table.cells())
         for table in seed_tables(records, baseline)
     ]
     return [Section(name="seeds", title="Over seeds", blocks=[*tables, Note(text=EXPLANATION)])]
@@ -114,14 +125,15 @@ def _better(table: SeedTable) -> str:
     return "higher is better" if FIGURES[table.figure][1] else "lower is better"
 
 
-def _cells(row: SeedRow, digits: int) -> list[str]:
+def _cells(row: SeedRow, digits: int, tested: bool) -> list[str]:
     spread = "" if row.std is None else f" ± {row.std:.{digits}f}"
     cells = [row.name, str(len(row.seeds)), f"{row.mean:.{digits}f}{spread}"]
     if row.against is None:
-        return [*cells, "–", "–", "–"]
+        return [*cells, "–", *["–"] * (1 + tested)]
     difference = "no common seed" if row.against.difference is None else f"{row.against.difference:+.{digits}f}"
-    return [*cells, difference, _p(row.against.t, "seeds"), _p(row.against.wilcoxon, "pairs")]
+    tests = [_p(row.against.t), _p(row.against.wilcoxon)]
+    return [*cells, difference, *(tests if tested else tests[:1])]
 
 
-def _p(test: paired.Verdict, unit: str) -> str:
-    return test.why if test.p is None else f"{'< 0.001' if test.p < 0.001 else f'{test.p:.3f}'} ({test.pairs} {unit})"
+def _p(test: paired.Verdict) -> str:
+    return test.why if test.p is None else f"{'< 0.001' if test.p < 0.001 else f'{test.p:.3f}'} ({test.pairs})"

@@ -81,7 +81,7 @@ def _t(differences: Sequence[float]) -> Verdict:
     if len(differences) < FEWEST_SEEDS:
         return Verdict(p=None, pairs=len(differences), why="too few seeds")
     if _all_the_same(differences):
-        return Verdict(p=None, pairs=len(differences), why="every seed differs by the same")
+        return Verdict(p=None, pairs=len(differences), why="same in every seed")
     from scipy import stats
 
     return Verdict(p=float(stats.ttest_1samp(differences, 0.0).pvalue), pairs=len(differences))
@@ -91,7 +91,7 @@ def _wilcoxon(differences: Sequence[float], seeds: int) -> Verdict:
     if seeds < FEWEST_SEEDS:
         return Verdict(p=None, pairs=len(differences), why="too few seeds")
     if sum(value != 0 for value in differences) < FEWEST_PAIRS:
-        return Verdict(p=None, pairs=len(differences), why="too few pairs that differ")
+        return Verdict(p=None, pairs=len(differences), why="too few differ")
     from scipy import stats
 
     return Verdict(p=float(stats.wilcoxon(differences).pvalue), pairs=len(differences))
