@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import yaml
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, validate_call
 
 from fedgraft import files, plugins
-from fedgraft.aggregation.server import FederationSettings
+from fedgraft.address import everything
+from fedgraft.aggregation.merges import MEANS
+from fedgraft.aggregation.settings import FederationSettings
 from fedgraft.data.settings import DataSettings
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.grafts.lora import LoraSettings
@@ -21,6 +22,7 @@ from fedgraft.moe.settings import EMBEDDED, ModelSettings
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
+from fedgraft.yaml_text import read_value, read_yaml
 
 METHOD_SECTIONS = frozenset({"lora", "graft", "selection"})
 SWEEP_SECTIONS = ("grid", "variants", "per_method")
@@ -77,8 +79,15 @@ class Recipe(Section):
                 raise ValueError(
                     f"method.{option}: {self.method.name!r} has no such option{plugins.nearest(option, known)}; its options: {listed}"
                 )
-        method = build(**options)
+        try:
+            method = validate_call(build)(**options)
+        except ValidationError as error:
+            raise ValueError(explain(error, "method.")) from None
         assert isinstance(method, Method)
+        method = self._with_merge(method)
+        for key in ("dropout", "deadline", "join") if method.pooled else ():
+            if getattr(self.federation, key) != FederationSettings.model_fields[key].default:
+                raise ValueError(f"federation.{key}: method {self.method.name!r} pools the rows, so no client can be missing; remove it")
         plugins.load("dataset", self.data.dataset)
         if "selection" in method.sections:
             plugins.load("criterion", self.selection.criterion)
@@ -90,6 +99,18 @@ class Recipe(Section):
                 f"{section}: set in the recipe, but method {self.method.name!r} doesn't use it; remove it, or --set {section}=null"
             )
         return method
+
+    def _with_merge(self, method: Method) -> Method:
+        """`federation.merge` in the place of the method's mean."""
+        rule = self.federation.merge
+        merge = rule.merge(method.merge)
+        if merge is method.merge:
+            return method
+        own = "" if method.merge in MEANS else "has a merge of its own"
+        nothing = "shares nothing" if method.personal is everything else ""
+        if why := method.needs_mean or nothing or own:
+            raise ValueError(f"federation.merge: {rule.rule!r} can't be used, since method {self.method.name!r} {why}; set it to mean")
+        return dataclasses.replace(method, merge=merge)
 
     def complete(self) -> dict[str, Any]:
         """The recipe with every default filled in, without sections that the method doesn't use."""
@@ -111,29 +132,6 @@ class Recipe(Section):
 
 def _resolved(path: str) -> str:
     return str(Path(path).expanduser().resolve())
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are what people write (4e-5 is one), and whose keys occur once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(problem=f"key {key.value!r} occurs twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"),
-    list("-+0123456789."),
-)
-_Loader.yaml_implicit_resolvers = {
-    first: sorted(resolvers, key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
 
 
 def load_recipe(source: str | Path | dict[str, Any] | Recipe | None = None, overrides: list[str] | None = None) -> Recipe:
@@ -218,35 +216,6 @@ def find_recipe(source: str | Path | None) -> Path:
     raise ValueError(f"{source}: no such recipe file{plugins.nearest(str(source), known)}; shipped recipes: {', '.join(known)}")
 
 
-def read_yaml(text: str, where: str) -> Any:
-    """Parse YAML.
-
-    Raises:
-        ValueError: broken YAML, naming the line, or not a mapping.
-    """
-    try:
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{where}: a recipe is a mapping of sections, this is a {type(values).__name__}")
-    return values
-
-
-def read_value(text: str, where: str) -> Any:
-    """One YAML value.
-
-    Raises:
-        ValueError: broken YAML.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ValueError(f"{where}: the value is not valid YAML; quote it") from None
-
-
 def assign(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of nested `values` in which the dotted `key` is `value`."""
     *sections, last = key.split(".")
@@ -259,8 +228,8 @@ def assign(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return result
 
 
-def explain(error: ValidationError) -> str:
-    """One line per problem, naming the key, the nearest known key and the allowed values."""
+def explain(error: ValidationError, place: str = "") -> str:
+    """One line per problem, naming the key (`place` stands before it), the nearest known key and the allowed values."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
@@ -268,12 +237,13 @@ def explain(error: ValidationError) -> str:
             known = _known_keys(tuple(problem["loc"][:-1]))
             lines.append(f"unknown key {key!r}{plugins.nearest(str(problem['loc'][-1]), known)}; there are: {', '.join(known)}")
         else:
-            lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+            lines.append(f"{place}{key}: {problem['msg']} (got {problem['input']!r})")
     return "\n".join(lines)
 
 
 def _known_keys(sections: tuple[Any, ...]) -> list[str]:
     model: Any = Recipe
     for section in sections:
-        model = model.model_fields[section].annotation
+        choices = {choice.model_fields["rule"].default: choice for choice in get_args(model)}  # of a section that comes in kinds
+        model = choices[section] if choices else model.model_fields[section].annotation
     return list(model.model_fields)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 from fedgraft import files, folders, origin
 from fedgraft.account.memory import workload
 from fedgraft.account.take import summary, take_account
+from fedgraft.aggregation import participation
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
-from fedgraft.data.partition import ClientData, load_clients
+from fedgraft.data.partition import ClientData, check_rows, load_clients, pooled
 from fedgraft.engine.inprocess import InProcess
 from fedgraft.evaluation.personal import evaluate_client
 from fedgraft.grafts.graft import GraftedModel
@@ -113,7 +114,12 @@ class Session:
         self.method = recipe.build_method()
         self._begin("loading", 2)
         self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
-        _check_rows(self.clients.values(), recipe.evaluation.split)
+        check_rows(self.clients.values(), recipe.evaluation.split)
+        participation.check(recipe.federation, list(self.clients), self.method.merge)
+        self.sites, self.training = self.clients, recipe.training
+        if self.method.pooled:
+            self.sites = pooled(self.clients)
+            self.training = recipe.training.for_pool(recipe.federation.clients_of(len(self.clients)))
         progress.step(f"data; next the base model {recipe.model.name}")
         base = load_base(recipe.model)
         work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
@@ -132,25 +138,27 @@ class Session:
             on_failure=self._failed,
         )
         self.server = Server(
-            clients=list(self.clients),
+            clients=list(self.sites),
             seed=recipe.seed,
             federation=recipe.federation,
             lr=recipe.training.lr,
             lr_min=recipe.training.lr_min,
             fresh_shared=lambda: self.model.fresh_adapters(recipe.seed),
+            steps=lambda number, client: self.training.steps_of(recipe.seed, number, client),
         )
         self.opened = False
         self.replies: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
+        self.late: list[str] = []
 
     def go(self) -> Record:
         """From wherever the run stands to its end."""
         try:
             if not self.opened:
                 self._open()
-            left = self.recipe.federation.rounds - self.server.round
-            if left > 0:
-                self._begin("training", left * len(self.server.sampled()))
+            left = range(self.server.round, self.recipe.federation.rounds)
+            if left:
+                self._begin("training", sum(len(self.server.participation(number).asked) for number in left))
             while self.server.round < self.recipe.federation.rounds:
                 self._round()
             self._evaluate()
@@ -194,11 +202,11 @@ class Session:
         self.stand.client = name
         title = f"round {self.server.round + 1}  {name}" if self.stand.phase == "training" else name
         return Client(
-            data=self.clients[name],
+            data=(self.clients | self.sites)[name],
             model=self.model,
             seed=recipe.seed,
             data_settings=recipe.data,
-            training=recipe.training,
+            training=self.training,
             selection=recipe.selection,
             report=partial(self.progress.part, name, title),
         )
@@ -211,6 +219,9 @@ class Session:
     def _ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
         """The engine's ask; keeps each reply's facts for the record and reports progress."""
         for reply in self.engine.ask(question, packages):
+            if reply.client in self.late:
+                self.progress.step(f"round {self.server.round + 1}  {reply.client}  too late")
+                continue
             facts = dict(reply.bundle.facts)
             self.replies[reply.client] = facts
             loss = facts.get("loss")
@@ -222,7 +233,7 @@ class Session:
 
     def _open(self) -> None:
         if "side" in self.method.places:
-            self._begin("selection", len(self.clients))
+            self._begin("selection", len(self.server.present()))
         self.method.open(self.method, self.server, self._ask)
         if self.replies:
             write_document(self.folder / "selection.json", {"clients": self.replies})
@@ -231,9 +242,12 @@ class Session:
 
     def _round(self) -> None:
         self.replies, self.failures, began = {}, {}, time.perf_counter()
+        part = self.server.participation(self.server.round)
+        self.late = part.late
         self.engine.traffic.down = self.engine.traffic.up = 0
         lr = self.server.round_lr()
         self.method.round(self.method, self.server, self._ask)
+        self.late = []
         if self.failures and not self.replies:
             why = "\n".join(self.failures.values())
             raise ValueError(f"no client could train in round {self.server.round + 1}:\n{why}\n{self.stand.safe()}")
@@ -251,6 +265,7 @@ class Session:
             "bytes_down": self.engine.traffic.down,
             "bytes_up": self.engine.traffic.up,
             "clients": clients,
+            **({"simulated": simulated} if (simulated := part.facts(self.training.least_steps is not None)) else {}),
             **({"failed": self.failures} if self.failures else {}),
         }
         with deferred():
@@ -272,17 +287,9 @@ class Session:
         asked = self.engine.asked
         results = {reply.client: reply.bundle.facts["models"] for reply in self._ask("evaluate", packages)}
         self.engine.asked = asked  # evaluation leaves no trace in memories, so it can be repeated
-        digests = {name: self.engine.store.load(name, asked).digest() for name in self.clients}
+        digests = {name: self.engine.store.load(name, asked).digest() for name in self.sites}
         state = self.server.state.digest()
         write_document(self.folder / "digest.json", {"state": state, "clients": digests})
         files.write_text(self.folder / "digest.txt", digest_of_digests([state, *(digests[name] for name in sorted(digests))]) + "\n")
         split = self.recipe.evaluation.split  # results come last: with them the run is finished
         write_document(self.folder / "results.json", {"rounds": self.server.round, "split": split, "clients": results})
-
-
-def _check_rows(clients: Iterable[ClientData], split: str) -> None:
-    for data in clients:
-        if not getattr(data, split):
-            raise ValueError(
-                f"client {data.name!r} has no {split} rows to be evaluated on; raise data.{split}_rows or choose another evaluation.split"
-            )

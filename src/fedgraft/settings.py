@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
     """Immutable, strict about unknown keys; attribute docstrings become the reference."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+"""The share of a running mean that is kept; an option of many methods."""

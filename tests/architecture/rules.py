@@ -18,7 +18,7 @@ LAYERS = (
     {"methods"},
     {"training", "aggregation", "selection"},
     {"grafts", "moe", "data"},
-    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals", "words"},
+    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals", "words", "yaml_text"},
 )
 BESIDE = {
     "grafts": {"moe"},

@@ -39,13 +39,15 @@ class Place:
     model: Path
     data: Path
 
-    def recipe(self, method: str, clients: tuple[str, ...] = tuple(ROWS), **sections: Any) -> dict[str, Any]:
-        """A small recipe of a method, with the adapter sections it uses; further sections are merged over it."""
-        used = load_recipe({"method": {"name": method}}).build_method().sections
+    def recipe(
+        self, method: str, clients: tuple[str, ...] = tuple(ROWS), options: dict[str, Any] | None = None, **sections: Any
+    ) -> dict[str, Any]:
+        """A small recipe of a method with its options and the adapter sections it uses; further sections are merged over it."""
+        used = load_recipe({"method": {"name": method, **(options or {})}}).build_method().sections
         values: dict[str, Any] = {
             "model": {"name": str(self.model)},
             "data": {"dataset": "jsonl", "path": str(self.clients(clients)), "partition": "files"},
-            "method": {"name": method},
+            "method": {"name": method, **(options or {})},
             **{name: section for name, section in ADAPTERS.items() if name in used},
             **SECTIONS,
         }
@@ -78,6 +80,11 @@ class Run:
     def state(self) -> Tree:
         """The shared leaves."""
         return self.session.server.state.tree("shared")
+
+    @property
+    def sites(self) -> list[str]:
+        """Who trains: the clients, or the one site of a method that pools their rows."""
+        return self.session.server.clients
 
     @property
     def digest(self) -> str:

@@ -7,8 +7,9 @@ import yaml
 
 from fedgraft.methods import fedavg
 from fedgraft.methods.method import Method
-from fedgraft.recipe import METHOD_SECTIONS, Recipe, load_recipe, read_yaml
+from fedgraft.recipe import METHOD_SECTIONS, Recipe, load_recipe
 from fedgraft.report.record import read_recipe, write_recipe
+from fedgraft.yaml_text import read_yaml
 
 
 def set_(*assignments: str, source=None) -> Recipe:

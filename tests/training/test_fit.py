@@ -196,6 +196,31 @@ def test_router_aux_adds_the_load_balancing_loss(tiny_graft, family, checkpointi
     assert (result.tree["layers.0.attention.q.A"] - without).abs().max() > 2e-5
 
 
+@pytest.mark.parametrize("split", [lambda batch: [batch], halves])
+def test_gradients_are_seen_and_changed_once_per_step_before_clipping(tiny_graft, split):
+    """Adding 0.1 to every gradient is the plain loop with 0.1 times the sum of the leaves in its loss; what is seen is raw."""
+    model = tiny_graft("olmoe")
+    start, seen = leaves(model), []
+
+    def shift(tree):
+        seen.append({key: leaf.grad.clone() for key, leaf in tree.items()})
+        for leaf in tree.values():
+            leaf.grad += 0.1
+
+    settings = TrainingSettings(clip=0.01)
+    expected, _ = plain.train(
+        model, start, batches(3), settings, lr=4e-5, extra=lambda tree, _: 0.1 * sum(leaf.sum() for leaf in tree.values())
+    )
+    close(run(model, start, [split(batch) for batch in batches(3)], settings, lr=4e-5, on_gradients=shift).tree, expected, 1e-6)
+    assert len(seen) == 3
+    tree = {key: leaf.clone().requires_grad_() for key, leaf in start.items()}
+    with model.using(tree, EXPERTS):
+        (batch,) = batches(1)
+        logits = model.base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()).backward()
+    close(seen[0], {key: leaf.grad for key, leaf in tree.items()}, 1e-6)
+
+
 def test_router_aux_is_refused_where_the_model_computes_none(tiny_graft):
     config = {"num_experts": 8, "moe_intermediate_size": 16, "intermediate_size": 32, "num_shared_experts": 1, "head_dim": 8}
     model = tiny_graft("glm4_moe", base={**config, "n_routed_experts": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0})

@@ -60,6 +60,10 @@ class Account:
     compute: Compute
     memory: Memory
     work: Workload
+    wire_copies: int = 1
+    """Numbers that travel each way for every shared one."""
+    pooled: bool = False
+    """One site holds the clients' training rows."""
 
     @property
     def trained(self) -> int:
@@ -68,7 +72,7 @@ class Account:
 
     def bytes_each_way(self, kind: str = "fp32") -> int:
         """Bytes of leaves per client, round and direction; message headers, a few kB, come on top."""
-        return self.shared.total * ON_WIRE[kind]
+        return self.shared.total * self.wire_copies * ON_WIRE[kind]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -121,6 +125,8 @@ def take_account(anatomy: Anatomy, method: Method, lora: LoraSettings, graft: Gr
         compute=compute,
         memory=memory,
         work=work,
+        wire_copies=method.wire_copies,
+        pooled=method.pooled,
     )
 
 
@@ -129,7 +135,8 @@ def summary(account: Account) -> list[tuple[str, str]]:
     rows = [("trains", f"{words.count(account.trained)} parameters a client: {_places(account)}")]
     each, half = (words.size(account.bytes_each_way(kind)) for kind in ON_WIRE)
     travelling = f"{words.count(account.shared.total)} parameters ({_listed(account.shared)}), {each} fp32 each way per client and round"
-    rows.append(("travels", f"{travelling} (bf16: {half})" if account.shared.total else "nothing"))
+    wire = f"{travelling} (bf16: {half})" if account.shared.total else "nothing"
+    rows.append(("travels", "the clients' training rows, to one site" if account.pooled else wire))
     rows.append(("stays", _listed(account.personal, "on the client") if account.personal.total else "nothing of what is trained"))
     frozen = f"{words.count(account.parameters)} parameters of {account.model_type}, {account.work.dtype}"
     if account.grafts:

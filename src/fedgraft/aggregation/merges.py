@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fedgraft.tree import Tree
 
 
@@ -28,6 +30,18 @@ class Merge:
     """A weighted sum of the deltas, so fit for secure aggregation."""
     needs_each_reply: bool = False
     """Must see every delta at once; else replies are folded one at a time."""
+    least: int = 1
+    """Replies below which it cannot judge; with fewer of them a leaf keeps its value."""
+
+
+def check_shapes(key: str, first: str, leaf: Tensor, second: str, other: Tensor) -> None:
+    """Two clients' leaves of one address fit together.
+
+    Raises:
+        ValueError: they don't; names the leaf and both clients.
+    """
+    if leaf.shape != other.shape:
+        raise ValueError(f"leaf {key!r}: client {first!r} sent shape {tuple(leaf.shape)}, client {second!r} {tuple(other.shape)}")
 
 
 def _weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Update]], Tree]:
@@ -43,9 +57,7 @@ def _weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Upda
                 if key not in mean:
                     mean[key], total[key], first[key] = delta.clone(), share, update.client
                     continue
-                if mean[key].shape != delta.shape:
-                    shapes = f"{tuple(mean[key].shape)}, client {update.client!r} {tuple(delta.shape)}"
-                    raise ValueError(f"leaf {key!r}: client {first[key]!r} sent shape {shapes}")
+                check_shapes(key, first[key], mean[key], update.client, delta)
                 total[key] += share
                 mean[key] += (delta - mean[key]) * (share / total[key])
         return mean
@@ -58,3 +70,6 @@ by_examples = Merge(run=_weighted_mean(lambda update: float(update.examples)), l
 
 uniform = Merge(run=_weighted_mean(lambda update: 1.0), linear=True)
 """Unweighted mean over the holders of each leaf."""
+
+MEANS = (by_examples, uniform)
+"""The merges that `federation.merge` may take the place of."""

@@ -7,21 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from pydantic import Field
-
-from fedgraft import seeds
+from fedgraft.aggregation.participation import Participation, Steps, present, take_part
+from fedgraft.aggregation.settings import FederationSettings
 from fedgraft.bundle import Bundle
-from fedgraft.settings import Section
 from fedgraft.tree import Tree
-
-
-class FederationSettings(Section):
-    """Rounds and participation; the defaults are the paper's."""
-
-    rounds: int = Field(default=100, ge=0)
-    """Communication rounds."""
-    clients_per_round: int | None = Field(default=None, ge=1)
-    """Clients sampled in each round, without replacement; empty: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +36,23 @@ class Server:
     lr_min: float
     fresh_shared: Callable[[], Tree]
     """New attention leaves, from which a method's first state is made."""
+    steps: Steps = lambda round_number, client: 1
+    """(round, client) -> optimiser steps it does there, for simulated time."""
     state: Bundle = field(default_factory=Bundle)
     round: int = 0
     """Number of the round in hand = rounds finished."""
 
     def sampled(self) -> list[str]:
-        """Clients of this round, in the order of `clients`."""
-        wanted = min(self.federation.clients_per_round or len(self.clients), len(self.clients))
-        chosen = seeds.numpy_rng(self.seed, "sampling", self.round).permutation(len(self.clients))[:wanted]
-        return [self.clients[index] for index in sorted(chosen.tolist())]
+        """Clients that are asked in this round, in the order of `clients`."""
+        return self.participation(self.round).asked
+
+    def participation(self, round_number: int) -> Participation:
+        """Who takes part in a round."""
+        return take_part(self.federation, self.clients, self.seed, round_number, self.steps)
+
+    def present(self) -> list[str]:
+        """Clients that have joined by now."""
+        return present(self.federation, self.clients, self.seed, self.round)
 
     def round_lr(self) -> float:
         """Cosine over rounds from `lr` to `lr_min`, constant inside a round; the last round trains at `lr_min`."""

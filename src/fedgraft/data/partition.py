@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -51,6 +51,27 @@ def load_clients(settings: DataSettings, seed: int) -> list[ClientData]:
     clients = PARTITIONS[settings.partition](settings, load, seed)
     _check(clients, settings)
     return sorted(clients, key=lambda client: client.name)
+
+
+def check_rows(clients: Iterable[ClientData], split: str) -> None:
+    """Every client has rows to be evaluated on.
+
+    Raises:
+        ValueError: one has none.
+    """
+    for data in clients:
+        if not getattr(data, split):
+            raise ValueError(
+                f"client {data.name!r} has no {split} rows to be evaluated on; raise data.{split}_rows or choose another evaluation.split"
+            )
+
+
+def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
+    """One site with all training rows, under a name that no client has; for an upper bound that no federation can have."""
+    name = "pooled"
+    while name in {client.lower() for client in clients}:
+        name += "_"
+    return {name: ClientData(name, [row for client in clients.values() for row in client.train], [], [])}
 
 
 def counts(clients: Sequence[ClientData]) -> dict[str, dict[str, int]]:

@@ -36,7 +36,7 @@ def open_run(method: Method, server: Server, ask: Ask) -> None:
     shared, _ = partition(server.fresh_shared() if "adapters" in method.places else {}, lambda key: not method.personal(key))
     server.state = Bundle(trees={"shared": shared})
     if "side" in method.places:
-        for _ in ask("graft", {client: server.package() for client in server.clients}):
+        for _ in ask("graft", {client: server.package() for client in server.present()}):
             pass
 
 
@@ -94,13 +94,13 @@ def choose_experts(client: Client) -> Choice:
 
 
 def personal_leaves(method: Method, client: Client) -> Tree:
-    """The client's own leaves: those it remembers, else fresh ones."""
+    """The client's own leaves: those it remembers, else fresh ones; a client that has not chosen its experts yet has no grafts."""
     if "personal" in client.memory.trees:
         return client.memory.tree("personal")
     fresh: Tree = {}
     if "adapters" in method.places:
         fresh |= client.model.fresh_adapters(client.seed)
-    if "side" in method.places:
+    if "side" in method.places and client.experts:
         fresh |= client.model.fresh_side(client.experts, client.seed, client.mixture)
     return partition(fresh, method.personal)[0]
 
@@ -166,6 +166,12 @@ class Method:
     """Many replies -> one delta."""
     step: ServerStep = replace
     """Delta -> new state."""
+    pooled: bool = False
+    """One site holds all clients' training rows, which leave them; each client is evaluated on its own rows as ever."""
+    wire_copies: int = 1
+    """Numbers that travel each way for every shared one."""
+    needs_mean: str = ""
+    """Why its replies must be averaged; empty: `federation.merge` may set another rule in the place of a mean."""
     open: ServerHalf = open_run
     round: ServerHalf = federated_round
     pack: Callable[[Method, Server, str], Bundle] = pack_shared

@@ -86,18 +86,20 @@ def in_words(annotation: Any, bounds: tuple[Any, ...] = ()) -> str:
     if origin in (Union, types.UnionType):
         told = [in_words(option, bounds) for option in inner if option is not type(None)]
         return " or ".join([*told, *(["empty"] if type(None) in inner else [])])
-    if origin in (list, tuple):
+    if origin in (list, tuple, dict):
         least = next((f", at least {bound.min_length}" for bound in bounds if isinstance(bound, MinLen)), "")
-        return f"list of {in_words(inner[0])}{least}"
-    if origin is dict:
-        return f"mapping of {in_words(inner[0])} to {in_words(inner[1])}"
+        parts = [in_words(part) for part in inner]
+        return f"mapping of {parts[0]} to {parts[1]}" if origin is dict else f"list of {parts[0]}{least}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):  # a section inside a section
+        words = ", ".join(f"{name}: {in_words(key.annotation, tuple(key.metadata))}" for name, key in annotation.model_fields.items())
+        return f"{{{words}}}"
     ranges = [f"{sign} {getattr(bound, name):g}" for kind, name, sign in BOUNDS for bound in bounds if isinstance(bound, kind)]
     return " ".join([PLAIN.get(annotation, "value"), ", ".join(ranges)]).strip()
 
 
 def as_yaml(value: Any) -> str:
     """A value as it stands in a recipe, on one line."""
-    plain = list(value) if isinstance(value, tuple) else value
+    plain = list(value) if isinstance(value, tuple) else value.model_dump(mode="json") if isinstance(value, Section) else value
     return yaml.safe_dump(plain, default_flow_style=True, width=float("inf"), allow_unicode=True).removesuffix("...\n").strip()
 
 

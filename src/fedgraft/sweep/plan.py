@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft import plugins
-from fedgraft.recipe import METHOD_SECTIONS, SWEEP_SECTIONS, Recipe, assign, check_values, load_recipe, read_value, read_values
+from fedgraft.recipe import METHOD_SECTIONS, SWEEP_SECTIONS, Recipe, assign, check_values, load_recipe, read_values
+from fedgraft.yaml_text import read_value
 
 LONGEST = 80  # characters of a name, so that paths stay below the limit of Windows
 PLAIN = re.compile(r"[a-z0-9_+-][a-z0-9_.+-]*")  # what every file system keeps as it is, upper and lower case not told apart

@@ -20,7 +20,7 @@ from fedgraft.data.settings import DataSettings
 from fedgraft.grafts.graft import Experts, GraftedModel
 from fedgraft.grafts.side_expert import Mixture
 from fedgraft.selection.settings import SelectionSettings
-from fedgraft.training.fit import Fit, NotFiniteError, Penalty, fit
+from fedgraft.training.fit import Fit, GradientHook, NotFiniteError, Penalty, fit
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.tree import Tree
 
@@ -79,9 +79,13 @@ class Client:
         self.memory = Bundle(trees={**self.memory.trees, **trees}, facts={**self.memory.facts, **(facts or {})})
 
     def batches(self, round_number: int) -> list[list[Batch]]:
-        """The batches of one round: `steps` lists of `accumulation` parts. A function of seed, client and round."""
-        per_round = self.training.steps * self.training.batch_size
-        order = round_rows(self.examples, per_round, round_number, self.seed, self.name)
+        """The batches of one round, a function of seed, client and round: a list of `accumulation` parts for every step it does there.
+
+        With unequal local work (`training.least_steps`) they are the first of its `training.steps` steps.
+        """
+        whole = self.training.steps * self.training.batch_size
+        per_round = self.training.steps_of(self.seed, round_number, self.name) * self.training.batch_size
+        order = round_rows(self.examples, whole, round_number, self.seed, self.name)[:per_round]
         rows = [self._row(self.data.train[index]) for index in order]
         size = self.training.batch_size
         part = -(-size // self.training.accumulation)
@@ -115,6 +119,7 @@ class Client:
         lr: float,
         fixed: Mapping[str, Tensor] | None = None,
         penalty: Penalty | None = None,
+        on_gradients: GradientHook | None = None,
         moments: Mapping[str, Tree] | None = None,
         purpose: str = "fit",
     ) -> Fit:
@@ -134,6 +139,7 @@ class Client:
                 experts=self.experts,
                 fixed=fixed,
                 penalty=penalty,
+                on_gradients=on_gradients,
                 moments=moments,
                 report=self.report,
             )

@@ -21,6 +21,8 @@ from fedgraft.tree import Tree, clone, combine
 
 Penalty: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
 """Extra loss term of the trained leaves (FedProx, Ditto, ...), added once per optimiser step."""
+GradientHook: TypeAlias = Callable[[Mapping[str, Tensor]], None]
+"""Sees the trained leaves when a step's gradients are complete, and may change the gradients in place (SCAFFOLD, ...)."""
 StepReport: TypeAlias = Callable[[int, int, float], None]
 """(optimiser steps done, steps in all, loss of the last one), for people who wait."""
 
@@ -55,6 +57,7 @@ def fit(
     experts: Experts,
     fixed: Mapping[str, Tensor] | None = None,
     penalty: Penalty | None = None,
+    on_gradients: GradientHook | None = None,
     moments: Mapping[str, Tree] | None = None,
     report: StepReport = lambda done, total, loss: None,
 ) -> Fit:
@@ -70,6 +73,7 @@ def fit(
         experts: source experts of the client's grafts.
         fixed: further leaves of the client's model.
         penalty: extra loss term.
+        on_gradients: called once per optimiser step, before clipping.
         moments: AdamW's state from an earlier call, to continue with.
         report: hears of every finished step.
 
@@ -85,6 +89,8 @@ def fit(
     with _training(model, settings), seeds.torch_default(seed), model.using(combine(leaves, fixed or {}), experts):
         for done, parts in enumerate(steps, start=1):
             loss = _step(model, parts, settings, leaves, penalty)
+            if on_gradients is not None:
+                on_gradients(leaves)
             norm = float(torch.nn.utils.clip_grad_norm_([leaves[key] for key in order], settings.clip, foreach=True))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NotFiniteError(
@@ -153,9 +159,9 @@ def _training(model: GraftedModel, settings: TrainingSettings) -> Iterator[None]
 def _moments(optimizer: torch.optim.Optimizer, order: Sequence[str], leaves: Mapping[str, Tensor]) -> dict[str, Tree]:
     kept: dict[str, Tree] = {"exp_avg": {}, "exp_avg_sq": {}, "step": {}}
     for key in order:
-        state = optimizer.state[leaves[key]]
-        for name, tree in kept.items():
-            tree[key] = state[name].detach().clone()
+        if state := optimizer.state.get(leaves[key]):  # a leaf that never had a gradient has none: an expert that no token reached
+            for name, tree in kept.items():
+                tree[key] = state[name].detach().clone()
     return kept
 
 

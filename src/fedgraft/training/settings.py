@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from fedgraft import seeds
 from fedgraft.settings import Section
 
 
@@ -14,6 +15,8 @@ class TrainingSettings(Section):
 
     steps: int = Field(default=5, ge=1)
     """Optimiser steps a round."""
+    least_steps: int | None = Field(default=None, ge=1)
+    """Unequal local work: each client does between this many and `steps` steps, drawn anew in every round; empty: all do `steps`."""
     batch_size: int = Field(default=4, ge=1)
     """Examples per optimiser step."""
     accumulation: int = Field(default=1, ge=1)
@@ -34,3 +37,18 @@ class TrainingSettings(Section):
     """Gradient checkpointing: less memory, one more forward."""
     router_aux: float = Field(default=0.0, ge=0)
     """Coefficient of the router's load-balancing loss; 0 because the router is frozen, the paper's recipes use the model's own 0.001."""
+
+    def steps_of(self, seed: int, round_number: int, client: str) -> int:
+        """Optimiser steps of a client in a round."""
+        least = self.least_steps or self.steps
+        return int(seeds.numpy_rng(seed, "steps", round_number, client).integers(least, self.steps + 1))
+
+    def for_pool(self, clients: int) -> TrainingSettings:
+        """One site that does the steps of so many clients, one after another."""
+        return self.model_copy(update={"steps": self.steps * clients, "least_steps": None})
+
+    @model_validator(mode="after")
+    def _least_is_below_all(self) -> TrainingSettings:
+        if self.least_steps is not None and self.least_steps > self.steps:
+            raise ValueError(f"least_steps {self.least_steps} is above steps {self.steps}; lower it, or raise steps")
+        return self

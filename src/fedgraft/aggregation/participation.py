@@ -1,0 +1,87 @@
+"""Who takes part in a round: sampling, simulated drop-outs, stragglers and late joiners, all functions of (seed, round, client)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from fedgraft import plugins, seeds
+from fedgraft.aggregation.merges import Merge
+from fedgraft.aggregation.settings import FederationSettings
+
+Steps: TypeAlias = Callable[[int, str], int]
+"""(round, client) -> optimiser steps it does there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Participation:
+    """One round's clients, each list in the order of the run's clients."""
+
+    asked: list[str]
+    """Sampled and reached; they train."""
+    dropped: list[str] = field(default_factory=list)
+    """Sampled, but not reached."""
+    steps: dict[str, int] = field(default_factory=dict)
+    """Optimiser steps of those asked."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Simulated seconds of those asked; empty without a deadline."""
+    late: list[str] = field(default_factory=list)
+    """Asked, but beyond the deadline: their replies are lost."""
+
+    def facts(self, unequal: bool) -> dict[str, Any]:
+        """What the record of the round says of the simulation, steps only where they are `unequal`; empty when nothing is simulated."""
+        keys = ("dropped", "seconds", "late", *(["steps"] if unequal else []))
+        return {key: value for key in keys if (value := getattr(self, key))}
+
+
+def take_part(settings: FederationSettings, clients: Sequence[str], seed: int, round_number: int, steps: Steps) -> Participation:
+    """The clients of a round."""
+    there = present(settings, clients, seed, round_number)
+    order = seeds.numpy_rng(seed, "sampling", round_number).permutation(len(there))
+    sampled = [there[index] for index in sorted(order[: settings.clients_of(len(there))].tolist())]
+    dropped = [name for name in sampled if seeds.numpy_rng(seed, "dropout", round_number, name).random() < settings.dropout]
+    asked = [name for name in sampled if name not in dropped]
+    done = {name: steps(round_number, name) for name in asked}
+    if settings.deadline is None:
+        return Participation(asked=asked, dropped=dropped, steps=done)
+    seconds = {name: round(done[name] * _step_seconds(settings, seed, round_number, name), 6) for name in asked}
+    late = [name for name in asked if seconds[name] > settings.deadline]
+    return Participation(asked=asked, dropped=dropped, steps=done, seconds=seconds, late=late)
+
+
+def present(settings: FederationSettings, clients: Sequence[str], seed: int, round_number: int) -> list[str]:
+    """The clients that have joined by a round."""
+    return [name for name in clients if _first_round(settings, seed, name) <= round_number]
+
+
+def check(settings: FederationSettings, clients: Sequence[str], merge: Merge) -> None:
+    """The settings fit these clients.
+
+    Raises:
+        ValueError: an unknown client joins, or the merge needs more replies than a round can have.
+    """
+    for name in settings.join if isinstance(settings.join, dict) else ():
+        if name not in clients:
+            raise ValueError(
+                f"federation.join: there is no client {name!r}{plugins.nearest(name, list(clients))}; clients: {', '.join(clients)}"
+            )
+    sampled = settings.clients_of(len(clients))
+    if sampled < merge.least:
+        raise ValueError(
+            f"federation.merge: {settings.merge.rule} with these settings needs {merge.least} replies, but a round asks {sampled} of"
+            f" {len(clients)} clients; ask more, change its settings, or choose another rule"
+        )
+
+
+def _first_round(settings: FederationSettings, seed: int, client: str) -> int:
+    if isinstance(settings.join, dict):
+        return settings.join.get(client, 0)
+    return int(seeds.numpy_rng(seed, "join", client).integers(settings.join + 1))
+
+
+def _step_seconds(settings: FederationSettings, seed: int, round_number: int, client: str) -> float:
+    low, high = map(math.log, settings.step_seconds)
+    usual = low + (high - low) * seeds.numpy_rng(seed, "speed", client).random()
+    return math.exp(usual + settings.jitter * seeds.numpy_rng(seed, "jitter", round_number, client).standard_normal())
