@@ -19,6 +19,7 @@ from fedgraft.account.remarks import remarks
 from fedgraft.account.rows import Rows, look_at_rows, response_share
 from fedgraft.account.take import Account, take_account
 from fedgraft.data.partition import load_clients
+from fedgraft.methods.method import settled
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.memory import needed_by, room_for
 from fedgraft.moe.skeleton import is_local, skeleton
@@ -125,7 +126,8 @@ def _examine(result: Checkup, recipe: Recipe, anatomy: Anatomy) -> None:
     result.model_type = str(anatomy.model.config.model_type)
     result.parameters = sum(parameter.numel() for parameter in anatomy.model.parameters())
     result.layers = alike(layers_of(anatomy, (), {}, {}))
-    method, share = recipe.build_method(), response_share(result.rows)
+    method = settled(recipe.build_method(), anatomy, recipe.lora, [rows.client for rows in result.rows])
+    share = response_share(result.rows)
     work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype, predicting=share)
     account = take_account(anatomy, method, recipe.lora, recipe.graft, work)
     weights = needed_by(anatomy, recipe.model.quantise).weights

@@ -24,6 +24,7 @@ from fedgraft.data.partition import ClientData, check_rows, load_clients, pooled
 from fedgraft.engine.inprocess import InProcess
 from fedgraft.evaluation.personal import evaluate_client
 from fedgraft.grafts.graft import GraftedModel
+from fedgraft.methods.method import settled
 from fedgraft.moe.load import load_base
 from fedgraft.recipe import Recipe, load_recipe
 from fedgraft.report.html import leave_page
@@ -122,6 +123,7 @@ class Session:
             self.training = recipe.training.for_pool(recipe.federation.clients_of(len(self.clients)))
         progress.step(f"data; next the base model {recipe.model.name}")
         base = load_base(recipe.model)
+        self.method = settled(self.method, base, recipe.lora, list(self.clients))
         work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
         self.account = take_account(base, self.method, recipe.lora, recipe.graft, work)
         self.model = GraftedModel(base, recipe.lora, recipe.graft)
@@ -131,6 +133,7 @@ class Session:
             questions={
                 "graft": lambda client, package: self.method.graft(self.method, client, package),
                 "train": lambda client, package: self.method.train(self.method, client, package),
+                "finish": lambda client, package: self.method.finish(self.method, client, package),
                 "evaluate": lambda client, package: evaluate_client(self.method, client, package, recipe.evaluation),
             },
             open_client=self._open_client,
@@ -161,6 +164,7 @@ class Session:
                 self._begin("training", sum(len(self.server.participation(number).asked) for number in left))
             while self.server.round < self.recipe.federation.rounds:
                 self._round()
+            self._finalize()
             self._evaluate()
         except KeyboardInterrupt as stop:
             raise Stopped(self.folder) from stop
@@ -273,8 +277,16 @@ class Session:
             self.server.round += 1
             self._commit()
 
-    def _commit(self) -> None:
-        facts = {**self.server.state.facts, "round": self.server.round, "asked": self.engine.asked}
+    def _finalize(self) -> None:
+        """What the method does after its last round, once for a number of rounds."""
+        if self.method.finalize is None or self.server.state.facts.get("finalized") == self.server.round:
+            return
+        self._begin("finishing", len(self.clients))
+        self.method.finalize(self.method, self.server, self._ask)
+        self._commit(finalized=self.server.round)
+
+    def _commit(self, **further: Any) -> None:
+        facts = {**self.server.state.facts, "round": self.server.round, "asked": self.engine.asked, **further}
         self.server.state = Bundle(trees=self.server.state.trees, facts=facts)
         self.server.state.save(self.folder / "state" / "state.safetensors")
         self.engine.committed = self.engine.asked

@@ -14,8 +14,8 @@ from fedgraft.account.take import Account, summary
 from fedgraft.grafts.graft import GraftedModel
 from fedgraft.grafts.lora import LoraSettings
 from fedgraft.grafts.side_expert import GraftSettings
-from fedgraft.methods import fedavg, local
-from fedgraft.methods.method import Method
+from fedgraft.methods import ditto, fedavg, fedper, ffa_lora, local
+from fedgraft.methods.method import Method, settled
 from fedgraft.tree import digest
 from tests.account.conftest import full_size
 
@@ -163,6 +163,18 @@ def test_what_is_shared_follows_the_method(counted: Count) -> None:
     assert dict(summary(alone))["travels"] == "nothing"
     dense = next(layer for layer in counted(name).layers if layer.experts is None)
     assert (dense.numbers, dense.personal, dense.shared) == ((0,), 0, 32 * (2048 + 3072 + 2048 + 576 + 512 + 4096))
+
+
+def test_second_adapters_count_and_frozen_factors_do_not(counted: Count) -> None:
+    """q, k and v of Mixtral: A is rank x 4096 each, B rank x (4096 + 1024 + 1024), in 32 layers."""
+    name, factors = "mixtral-8x7b", (32 * 32 * 3 * 4096, 32 * 32 * 6144)
+    twice = counted(name, method=ditto.build())
+    assert twice.shared.total == twice.personal.total == sum(factors)
+    assert twice.personal.places == {"own": sum(factors)}
+    only_b = counted(name, method=ffa_lora.build())
+    assert (only_b.shared.total, only_b.personal.total) == (factors[1], 0)
+    last = settled(fedper.build(layers=8), full_size(name), LoraSettings(), [])
+    assert counted(name, method=last).personal.layers == dict.fromkeys(range(24, 32), sum(factors) // 32)
 
 
 def test_patterns_that_match_nothing_are_refused(counted: Count) -> None:

@@ -96,7 +96,7 @@ def take_account(anatomy: Anatomy, method: Method, lora: LoraSettings, graft: Gr
     adapters = adapter_shapes(anatomy, lora) if with_adapters else {}
     side = side_shapes(anatomy, graft, lora, method.shared_grafts) if with_side else {}
     chosen = chosen_projections(anatomy, lora.targets) if with_adapters else []
-    shapes = adapters | side
+    shapes = method.leaves(adapters | side)
     own, common = _split(shapes, method)
     layers = layers_of(anatomy, {projection.path for projection in chosen}, common.layers, own.layers)
     grafts = graft.per_layer + method.shared_grafts if with_side else 0
@@ -146,7 +146,7 @@ def summary(account: Account) -> list[tuple[str, str]]:
 
 
 def _split(shapes: Shapes, method: Method) -> tuple[Leaves, Leaves]:
-    """(personal, shared) by the method's predicate.
+    """(personal, shared) by the method's predicate, of what it trains.
 
     Raises:
         ValueError: there is nothing to train, or the predicate takes all leaves or none though it is a pattern.
@@ -159,7 +159,8 @@ def _split(shapes: Shapes, method: Method) -> tuple[Leaves, Leaves]:
         found = ", ".join(sorted({address.place_of(key) for key in shapes}))
         what = "would stay on the client" if not personal else "would travel"
         raise ValueError(f"of the leaves this method trains ({found}) none {what}; use another method.name or other options of it")
-    return _leaves(shapes, personal), _leaves(shapes, shapes.keys() - personal)
+    trained = {key for key in personal if not method.frozen(key)}
+    return _leaves(shapes, trained), _leaves(shapes, shapes.keys() - personal)
 
 
 def _leaves(shapes: Shapes, keys: set[str]) -> Leaves:
@@ -179,6 +180,7 @@ WORDS: Mapping[str, str] = {
     "expert": "routed-expert LoRA",
     "router": "router rows",
     "side": "grafted experts",
+    "own": "second LoRA",
 }
 """Places for people."""
 

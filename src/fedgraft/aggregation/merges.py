@@ -44,7 +44,7 @@ def check_shapes(key: str, first: str, leaf: Tensor, second: str, other: Tensor)
         raise ValueError(f"leaf {key!r}: client {first!r} sent shape {tuple(leaf.shape)}, client {second!r} {tuple(other.shape)}")
 
 
-def _weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Update]], Tree]:
+def weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Update]], Tree]:
     """Running weighted mean per leaf in float64: exact for a single client, memory of one tree."""
 
     def run(updates: Iterable[Update]) -> Tree:
@@ -65,10 +65,10 @@ def _weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Upda
     return run
 
 
-by_examples = Merge(run=_weighted_mean(lambda update: float(update.examples)), linear=True)
+by_examples = Merge(run=weighted_mean(lambda update: float(update.examples)), linear=True)
 """sum_c n_c delta_c / sum_c n_c over the holders of each leaf (McMahan et al. 2017)."""
 
-uniform = Merge(run=_weighted_mean(lambda update: 1.0), linear=True)
+uniform = Merge(run=weighted_mean(lambda update: 1.0), linear=True)
 """Unweighted mean over the holders of each leaf."""
 
 MEANS = (by_examples, uniform)

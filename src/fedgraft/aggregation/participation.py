@@ -41,7 +41,7 @@ def take_part(settings: FederationSettings, clients: Sequence[str], seed: int, r
     there = present(settings, clients, seed, round_number)
     order = seeds.numpy_rng(seed, "sampling", round_number).permutation(len(there))
     sampled = [there[index] for index in sorted(order[: settings.clients_of(len(there))].tolist())]
-    dropped = [name for name in sampled if seeds.numpy_rng(seed, "dropout", round_number, name).random() < settings.dropout]
+    dropped = [name for name in sampled if _dropped(settings, seed, round_number, name)]
     asked = [name for name in sampled if name not in dropped]
     done = {name: steps(round_number, name) for name in asked}
     if settings.deadline is None:
@@ -78,7 +78,11 @@ def check(settings: FederationSettings, clients: Sequence[str], merge: Merge) ->
 def _first_round(settings: FederationSettings, seed: int, client: str) -> int:
     if isinstance(settings.join, dict):
         return settings.join.get(client, 0)
-    return int(seeds.numpy_rng(seed, "join", client).integers(settings.join + 1))
+    return int(seeds.numpy_rng(seed, "join", client).integers(settings.join + 1)) if settings.join else 0
+
+
+def _dropped(settings: FederationSettings, seed: int, round_number: int, client: str) -> bool:
+    return settings.dropout > 0 and bool(seeds.numpy_rng(seed, "dropout", round_number, client).random() < settings.dropout)
 
 
 def _step_seconds(settings: FederationSettings, seed: int, round_number: int, client: str) -> float:

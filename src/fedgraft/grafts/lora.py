@@ -40,6 +40,37 @@ class LoraSettings(Section):
     rows, trained in full; `experts`: every routed expert."""
 
 
+Pair: TypeAlias = tuple[Tensor, Tensor]
+"""A [rank, in] and B [out, rank]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What is added to the output of one linear layer."""
+
+    pairs: dict[str, Pair]
+    """Low-rank pairs by head: the layer's first one, its second one, or both."""
+    shares: dict[str, Tensor]
+    """Factors [] of the pairs that have one."""
+    residual: tuple[Tensor, ...]
+    """Linear maps one after another, frozen: (), (dense,) or (A, B)."""
+
+    def add(self, output: Tensor, inputs: Tensor, settings: LoraSettings, training: bool) -> Tensor:
+        """Output [..., out] of the layer for inputs [..., in] with all terms; pairs see the same dropout, a residual none."""
+        total = output
+        if self.pairs:
+            x = F.dropout(inputs.to(next(iter(self.pairs.values()))[0].dtype), settings.dropout, training)
+            for head, pair in self.pairs.items():
+                term = low_rank_term(x, *pair, settings.alpha)
+                total = total + (term * self.shares[head].to(term.device) if head in self.shares else term)
+        if self.residual:
+            x = inputs.to(self.residual[0].dtype)
+            for factor in self.residual:
+                x = F.linear(x, factor)
+            total = total + x
+        return total.to(output.dtype)
+
+
 class LowRank:
     """Low-rank terms on the chosen linear layers, added where their outputs leave; without leaves in use the layers run untouched.
 
@@ -55,24 +86,36 @@ class LowRank:
         self.settings = settings
         paths = {_head(projection): projection.path for projection in chosen_projections(anatomy, settings.targets)}
         self.heads = list(paths)
-        self._active: dict[str, tuple[Tensor, Tensor]] = {}
+        self._active: dict[str, Terms] = {}
         for head, path in paths.items():
             anatomy.model.get_submodule(path).register_forward_hook(self._hook(head))
 
     def put(self, tree: Mapping[str, Tensor]) -> set[str]:
         """Use the factors of `tree` and return their addresses; a pair that it lacks is switched off. Pointer work, nothing is copied."""
-        self._active = {head: (tree[f"{head}.A"], tree[f"{head}.B"]) for head in self.heads if f"{head}.A" in tree}
-        return {f"{head}.{part}" for head in self._active for part in "AB"}
+        self._active, used, mix = {}, set[str](), tree.get(address.MIX)
+        for head in self.heads:
+            second, residual = address.own(head), f"{head}.residual"
+            pairs = {place: pair for place in (head, second) if (pair := _factors(tree, place))}
+            frozen = (tree[residual],) if residual in tree else _factors(tree, residual)
+            if pairs or frozen:
+                shares = {} if mix is None else {head: 1 - mix, second: mix}
+                self._active[head] = Terms(pairs=pairs, shares=shares, residual=frozen)
+                used |= {f"{place}.{part}" for place in pairs for part in "AB"} | {address.MIX}
+                used |= {residual, f"{residual}.A", f"{residual}.B"}
+        return used & tree.keys()
 
     def _hook(self, head: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            pair = self._active.get(head)
-            if pair is None:
-                return None
-            x = F.dropout(args[0].to(pair[0].dtype), self.settings.dropout, module.training)
-            return (output + low_rank_term(x, *pair, self.settings.alpha)).to(output.dtype)
+            terms = self._active.get(head)
+            return None if terms is None else terms.add(output, args[0], self.settings, module.training)
 
         return hook
+
+
+def _factors(tree: Mapping[str, Tensor], head: str) -> Pair | tuple[()]:
+    """The pair under a head; nothing unless both factors are there."""
+    both = f"{head}.A", f"{head}.B"
+    return (tree[both[0]], tree[both[1]]) if tree.keys() >= set(both) else ()
 
 
 def low_rank_term(x: Tensor, factor_a: Tensor, factor_b: Tensor, alpha: float) -> Tensor:

@@ -1,8 +1,9 @@
 """The frame of every method: five fields and a few steps, whose defaults spell FedAvg (McMahan et al. 2017).
 
 A method is a frozen value; `build(**options)` in its own file returns one and states only what differs. Steps are plain functions that take
-the method first, the server's (`open`, `round`, `pack`, `absorb`) above the client's (`graft`, `train`, `answer`). State lives in
-`server.state` and `client.memory` alone.
+the method first, the server's (`open`, `round`, `pack`, `absorb`, `finalize`) above the client's (`graft`, `fresh`, `train`, `finish`,
+`answer`). State lives in `server.state` and `client.memory` alone. Before a run, `settle` takes up what only the model and the
+clients decide and refuses what the method cannot do.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from fedgraft.address import nothing, within
+from fedgraft.address import is_residual, nothing, within
 from fedgraft.aggregation.merges import Merge, Update, by_examples
 from fedgraft.aggregation.server import Ask, Reply, Server
 from fedgraft.aggregation.server_steps import ServerStep, replace
 from fedgraft.bundle import Bundle, Fact
-from fedgraft.grafts.graft import Experts
+from fedgraft.grafts.graft import Experts, adapter_shapes
+from fedgraft.grafts.lora import LoraSettings, Shapes
+from fedgraft.moe.family import Anatomy
 from fedgraft.selection.select import Choice, select_experts
 from fedgraft.training.client import Client
 from fedgraft.training.local_rules import LocalRule, plain
@@ -29,6 +32,26 @@ class Prediction:
 
     tree: Tree
     experts: Experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a method meets in a run."""
+
+    shapes: Shapes
+    """The leaves of everything in `lora.targets`."""
+    lora: LoraSettings
+    clients: list[str]
+
+
+def unchanged(shapes: Shapes) -> Shapes:
+    """All leaves at the method's places, no others."""
+    return shapes
+
+
+def as_built(method: Method, surroundings: Surroundings) -> Method:
+    """Nothing is left to decide."""
+    return method
 
 
 def open_run(method: Method, server: Server, ask: Ask) -> None:
@@ -97,16 +120,21 @@ def personal_leaves(method: Method, client: Client) -> Tree:
     """The client's own leaves: those it remembers, else fresh ones; a client that has not chosen its experts yet has no grafts."""
     if "personal" in client.memory.trees:
         return client.memory.tree("personal")
+    return partition(method.fresh(method, client), method.personal)[0]
+
+
+def fresh_leaves(method: Method, client: Client) -> Tree:
+    """New leaves of the method's places, shared ones included."""
     fresh: Tree = {}
     if "adapters" in method.places:
         fresh |= client.model.fresh_adapters(client.seed)
     if "side" in method.places and client.experts:
         fresh |= client.model.fresh_side(client.experts, client.seed, client.mixture)
-    return partition(fresh, method.personal)[0]
+    return fresh
 
 
 def train_round(method: Method, client: Client, package: Bundle) -> Bundle:
-    """Train shared and personal leaves together; remember both, send the shared ones."""
+    """Train shared and personal leaves together; remember both, send the shared ones but residuals, which stay as they came."""
     if "side" in method.places and not client.experts:  # it was away when the others chose
         method.graft(method, client, package)
     start = combine(package.tree("shared"), personal_leaves(method, client))
@@ -124,24 +152,35 @@ def train_round(method: Method, client: Client, package: Bundle) -> Bundle:
         "seconds": result.seconds,
         "truncated": client.truncated,
     }
-    return Bundle(trees={"shared": shared}, facts=facts)
+    return Bundle(trees={"shared": partition(shared, is_residual)[1]}, facts=facts)
+
+
+def nothing_to_finish(method: Method, client: Client, package: Bundle) -> Bundle:
+    """The client is as the last round left it."""
+    return Bundle()
 
 
 def answer_as(method: Method, client: Client, package: Bundle) -> dict[str, Prediction]:
     """The models to evaluate on a client.
 
-    `base`: no leaves. `shared`: the aggregated leaves without the personal ones, where a method has both. `trained`: personal and shared
-    leaves as local training left them, before aggregation. `personal`: the client's own leaves with the aggregated ones, the method's
-    product.
+    `base`: no leaves. `shared`: the aggregated leaves without the personal ones, where a method has both and they do without. `trained`:
+    personal and shared leaves as local training left them, before aggregation. `personal`: the client's own leaves with the aggregated
+    ones, the method's product.
     """
     shared, personal = package.tree("shared"), personal_leaves(method, client)
     models = {"base": Prediction(tree={}, experts=[])}
-    if shared and personal:
+    if shared and personal and _whole(shared):
         models["shared"] = Prediction(tree=shared, experts=[])
     if client.memory.tree("trained"):
         models["trained"] = Prediction(tree=combine(client.memory.tree("trained"), personal), experts=client.experts)
     models["personal"] = Prediction(tree=combine(shared, personal), experts=client.experts)
     return models
+
+
+def _whole(tree: Tree) -> bool:
+    """No low-rank pair in it lacks a factor."""
+    heads = {part: {key[:-2] for key in tree if key.endswith(part)} for part in (".A", ".B")}
+    return heads[".A"] == heads[".B"]
 
 
 ServerHalf: TypeAlias = Callable[["Method", Server, Ask], None]
@@ -154,8 +193,12 @@ class Method:
 
     places: frozenset[str] = frozenset({"adapters"})
     """Where it has leaves: `attention`, `side`."""
+    leaves: Callable[[Shapes], Shapes] = unchanged
+    """What it trains and keeps, of the leaves at its places."""
     personal: Predicate = nothing
     """Leaves that never leave the client."""
+    frozen: Predicate = nothing
+    """Of those, the ones that stay as they were drawn."""
     shared_grafts: int = 0
     """Grafted experts per layer beside those that the recipe counts (`graft.per_layer`)."""
     targets: frozenset[str] = frozenset()
@@ -172,12 +215,17 @@ class Method:
     """Numbers that travel each way for every shared one."""
     needs_mean: str = ""
     """Why its replies must be averaged; empty: `federation.merge` may set another rule in the place of a mean."""
+    settle: Callable[[Method, Surroundings], Method] = as_built
     open: ServerHalf = open_run
     round: ServerHalf = federated_round
     pack: Callable[[Method, Server, str], Bundle] = pack_shared
     absorb: Callable[[Method, Server, Iterator[Reply]], None] = absorb_updates
+    finalize: ServerHalf | None = None
+    """Asked once after the last round; again when a finished run is extended."""
     graft: ClientHalf = grow_graft
+    fresh: Callable[[Method, Client], Tree] = fresh_leaves
     train: ClientHalf = train_round
+    finish: ClientHalf = nothing_to_finish
     answer: Callable[[Method, Client, Bundle], dict[str, Prediction]] = answer_as
 
     @property
@@ -185,6 +233,16 @@ class Method:
         """Recipe sections that have a meaning for this method, beyond those of every run."""
         attention = {"lora"} if self.places else set()
         return frozenset(attention | ({"graft", "selection"} if "side" in self.places else set()))
+
+
+def settled(method: Method, anatomy: Anatomy, lora: LoraSettings, clients: list[str]) -> Method:
+    """The method for one model and its clients.
+
+    Raises:
+        ValueError: a LoRA target does not exist, or the method cannot do what it was asked to; names the choices.
+    """
+    shapes = adapter_shapes(anatomy, lora) if "adapters" in method.places else {}
+    return method.settle(method, Surroundings(shapes=shapes, lora=lora, clients=clients))
 
 
 side_only = within("side")

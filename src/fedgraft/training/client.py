@@ -122,8 +122,9 @@ class Client:
         on_gradients: GradientHook | None = None,
         moments: Mapping[str, Tree] | None = None,
         purpose: str = "fit",
+        steps: list[list[Batch]] | None = None,
     ) -> Fit:
-        """`training.fit` on this round's batches.
+        """`training.fit` on this round's batches, or on those of `steps`.
 
         Raises:
             NotFiniteError: naming the client; its memory is untouched.
@@ -132,7 +133,7 @@ class Client:
             return fit(
                 self.model,
                 trained,
-                self.batches(round_number),
+                self.batches(round_number) if steps is None else steps,
                 self.training,
                 lr=lr,
                 seed=seeds.derive(self.seed, purpose, round_number, self.name),

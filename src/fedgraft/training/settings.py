@@ -40,8 +40,9 @@ class TrainingSettings(Section):
 
     def steps_of(self, seed: int, round_number: int, client: str) -> int:
         """Optimiser steps of a client in a round."""
-        least = self.least_steps or self.steps
-        return int(seeds.numpy_rng(seed, "steps", round_number, client).integers(least, self.steps + 1))
+        if self.least_steps is None:
+            return self.steps
+        return int(seeds.numpy_rng(seed, "steps", round_number, client).integers(self.least_steps, self.steps + 1))
 
     def for_pool(self, clients: int) -> TrainingSettings:
         """One site that does the steps of so many clients, one after another."""
