@@ -81,6 +81,11 @@ def place_of(address: str) -> str:
     return rest[1] if first == "layers" else first
 
 
+def side_number(address: str) -> int:
+    """Which graft of its layer a leaf of the place `side` belongs to."""
+    return int(address.split(".", 4)[3])
+
+
 def within(*places: str) -> Predicate:
     """Predicate: the leaf lives at one of these places."""
     return lambda address: place_of(address) in places

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import ConfigDict, Field, ValidationError, validate_call
 
 from fedgraft import files, plugins
@@ -24,8 +22,11 @@ from fedgraft.moe.settings import EMBEDDED, ModelSettings
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
+from fedgraft.yaml_text import read_value, read_yaml
 
 METHOD_SECTIONS = frozenset({"lora", "graft", "selection"})
+SWEEP_SECTIONS = ("grid", "variants", "per_method")
+"""What a sweep file holds beside a recipe."""
 
 
 class MethodSettings(Section):
@@ -60,8 +61,11 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0)
     """Every random stream derives from it."""
 
-    def build_method(self) -> Method:
+    def build_method(self, unused_allowed: bool = False) -> Method:
         """The method with its options.
+
+        Args:
+            unused_allowed: let sections pass that are set but that the method doesn't use.
 
         Raises:
             ValueError: unknown method, option, dataset or criterion, or a section set that the method doesn't use.
@@ -87,7 +91,10 @@ class Recipe(Section):
         plugins.load("dataset", self.data.dataset)
         if "selection" in method.sections:
             plugins.load("criterion", self.selection.criterion)
-        for section in sorted((self.model_fields_set & METHOD_SECTIONS) - method.sections):
+        for target in sorted(method.targets - set(self.lora.targets)):
+            raise ValueError(f"lora.targets: method {self.method.name!r} with these options needs {target!r} there; add it")
+        unused = set() if unused_allowed else (self.model_fields_set & METHOD_SECTIONS) - method.sections
+        for section in sorted(unused):
             raise ValueError(
                 f"{section}: set in the recipe, but method {self.method.name!r} doesn't use it; remove it, or --set {section}=null"
             )
@@ -127,29 +134,6 @@ def _resolved(path: str) -> str:
     return str(Path(path).expanduser().resolve())
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are what people write (4e-5 is one), and whose keys occur once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(problem=f"key {key.value!r} occurs twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"),
-    list("-+0123456789."),
-)
-_Loader.yaml_implicit_resolvers = {
-    first: sorted(resolvers, key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
-
-
 def load_recipe(source: str | Path | dict[str, Any] | Recipe | None = None, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply `a.b=c` overrides.
 
@@ -162,6 +146,21 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe | None = None, over
     """
     if isinstance(source, Recipe) and not overrides:
         return source
+    where, values = read_values(source, overrides)
+    recipe = check_values(values, where)
+    try:
+        recipe.build_method()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return recipe
+
+
+def read_values(source: str | Path | dict[str, Any] | Recipe | None, overrides: list[str] | None = None) -> tuple[str, dict[str, Any]]:
+    """What a recipe says, not checked yet, with overrides applied; and where it comes from, for messages.
+
+    Raises:
+        ValueError: no such file, broken YAML, an override that is none.
+    """
     where = "recipe"
     if isinstance(source, Recipe):
         values = source.model_dump(mode="json", exclude_unset=True)
@@ -173,17 +172,25 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe | None = None, over
     values = dict(values or {})
     values.pop("schema", None)  # a run's own recipe.yaml carries one
     for override in overrides or []:
-        values = _assign(values, override)
-    values = {section: value for section, value in values.items() if value is not None}
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set {override}: write section.key=value")
+        values = assign(values, key, read_value(text, f"--set {override}"))
+    return where, values
+
+
+def check_values(values: dict[str, Any], where: str) -> Recipe:
+    """The recipe of these values; whether the method fits is not checked yet.
+
+    Raises:
+        ValueError: unknown key or bad value.
+    """
+    if found := [section for section in SWEEP_SECTIONS if section in values]:
+        raise ValueError(f"{where}: {found[0]}: this is a sweep, many runs from one file; start it with: fedgraft sweep {where}")
     try:
-        recipe = Recipe.model_validate(values)
+        return Recipe.model_validate({section: value for section, value in values.items() if value is not None})
     except ValidationError as error:
         raise ValueError(f"{where}: {explain(error)}") from None
-    try:
-        recipe.build_method()
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    return recipe
 
 
 def shipped() -> Path:
@@ -209,31 +216,8 @@ def find_recipe(source: str | Path | None) -> Path:
     raise ValueError(f"{source}: no such recipe file{plugins.nearest(str(source), known)}; shipped recipes: {', '.join(known)}")
 
 
-def read_yaml(text: str, where: str) -> Any:
-    """Parse YAML.
-
-    Raises:
-        ValueError: broken YAML, naming the line, or not a mapping.
-    """
-    try:
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{where}: a recipe is a mapping of sections, this is a {type(values).__name__}")
-    return values
-
-
-def _assign(values: dict[str, Any], override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"--set {override}: write section.key=value")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {override}: the value is not valid YAML; quote it") from None
+def assign(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of nested `values` in which the dotted `key` is `value`."""
     *sections, last = key.split(".")
     result = place = dict(values)
     for section in sections:

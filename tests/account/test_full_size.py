@@ -142,6 +142,14 @@ def test_the_preserving_form_runs_two_experts_and_several_grafts_add_up(counted:
     assert two.personal.total == 2 * one.personal.total
 
 
+def test_in_place_runs_two_experts_on_the_tokens_that_are_routed_to_its_source(counted: Count) -> None:
+    """8 of 64 experts a token; there is no gate of d numbers a layer, as without one."""
+    both, in_place = (counted("olmoe-1b-7b-0924", form=form, gate="off") for form in ("preserving", "in_place"))
+    assert in_place.compute.graft == both.compute.graft * 8 / 64
+    assert counted("olmoe-1b-7b-0924").personal.total - both.personal.total == 16 * 2048
+    assert in_place.personal.total == both.personal.total
+
+
 def test_a_fully_trained_graft_holds_its_matrices(counted: Count) -> None:
     account = counted("olmoe-1b-7b-0924", train="full", gate_start="low")
     assert account.personal.total == 16 * (3 * 2048 * 1024 + 2048 + 1)

@@ -11,7 +11,7 @@ from pathlib import PurePath
 LAYERS = (
     {"cli"},
     {"rehearsal", "checkup"},
-    {"runner", "starter"},
+    {"runner", "starter", "sweep"},
     {"session"},
     {"folders", "origin", "trouble"},
     {"recipe"},
@@ -19,7 +19,7 @@ LAYERS = (
     {"methods"},
     {"training", "aggregation", "selection"},
     {"grafts", "moe", "data"},
-    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals", "words"},
+    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals", "words", "yaml_text"},
 )
 BESIDE = {
     "grafts": {"moe"},

@@ -37,7 +37,13 @@ def test_start_up_loads_nothing_heavy(statement):
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["--version"], ["run", "--help"], *(["list", kind] for kind in ("methods", "families", "criteria", "datasets", "method"))],
+    [
+        ["--help"],
+        ["--version"],
+        ["run", "--help"],
+        ["sweep", "--help"],
+        *(["list", kind] for kind in ("methods", "families", "criteria", "datasets", "method")),
+    ],
     ids=" ".join,
 )
 def test_help_lists_and_mistakes_load_nothing_heavy(words):

@@ -10,8 +10,9 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from fedgraft.recipe import Recipe, load_recipe, read_yaml
+from fedgraft.recipe import Recipe, load_recipe
 from fedgraft.settings import Section
+from fedgraft.yaml_text import read_yaml
 from tests.docs.pages import DOCS, GENERATED, RECORDS, ROOT, WRITTEN, blocks
 from tools.docs import reference
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedgraft.evaluation.knowledge import WINDOW, general_loss, general_texts, windows
+from fedgraft.data.general_text import general_texts
+from fedgraft.evaluation.knowledge import WINDOW, general_loss, windows
 
 
 @pytest.mark.parametrize(("tokens", "count"), [(1, 1), (WINDOW, 1), (WINDOW + 1, 2), (3 * WINDOW, 3)])

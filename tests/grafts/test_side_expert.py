@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from fedgraft.grafts.side_expert import GraftSettings
+from fedgraft.grafts.side_expert import GraftSettings, SideExperts, side_shapes
 from fedgraft.tree import combine, count
 from tests.conftest import PROVEN
-from tests.grafts.twins import graft_by_hand, logits, random_leaves
+from tests.grafts.twins import IDS, graft_by_hand, logits, random_leaves
 
 EXPERTS = {1: [[5], [2]], 2: [[5, 0], [2, 7]]}
 TRAIN, FORMS = ["lora", "full"], ["faithful", "preserving"]
@@ -157,3 +158,106 @@ def test_dropout_acts_while_training_alone(tiny_base, tiny_graft):
 def test_settings_are_checked(wrong):
     with pytest.raises(ValidationError):
         GraftSettings(**wrong)
+
+
+@pytest.mark.parametrize("train", TRAIN)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("gate_start", ["router_row", "low"])
+def test_a_fixed_gate_stays_at_its_start(tiny_graft, train, form, gate_start):
+    """It is no leaf, and predicts as a learned one whose leaves are those of its start."""
+    learned = tiny_graft("qwen2_moe", train=train, form=form, gate_start=gate_start, per_layer=2)
+    fixed = tiny_graft("qwen2_moe", train=train, form=form, gate_start=gate_start, per_layer=2, gate="fixed")
+    start = learned.fresh_side(EXPERTS[2], 0)
+    own = {key: leaf for key, leaf in start.items() if ".mix." not in key}
+    assert fixed.fresh_side(EXPERTS[2], 0).keys() == own.keys() == side_shapes(fixed.base, fixed.graft_settings, fixed.lora_settings).keys()
+    moved = random_leaves(own)
+    with learned.using(start | moved, EXPERTS[2]):
+        expected = logits(learned.base)
+    with fixed.using(moved, EXPERTS[2]):
+        assert torch.equal(logits(fixed.base), expected)
+
+
+@pytest.mark.parametrize("family", PROVEN)
+@pytest.mark.parametrize("form", FORMS)
+def test_without_a_gate_the_expert_is_added_with_weight_one(tiny_base, tiny_graft, family, form):
+    """The twin's gate is sigmoid(50), which is 1."""
+    model = tiny_graft(family, form=form, gate="off")
+    tree = random_leaves(model.fresh_side(EXPERTS[1], 0))
+    assert not [key for key in tree if ".mix." in key]
+    open_wide = {f"layers.{layer}.side.0.mix.weight": torch.zeros(32) for layer in (0, 1)}
+    open_wide |= {f"layers.{layer}.side.0.mix.bias": torch.tensor(50.0) for layer in (0, 1)}
+    twin = graft_by_hand(tiny_base(family), tree | open_wide, EXPERTS[1], scale=6 / 4, preserving=form == "preserving")
+    seen = []
+    with model.using(tree, EXPERTS[1]), model.watching_gates(lambda layer, number, gate: seen.append(gate)):
+        torch.testing.assert_close(logits(model.base), logits(twin), **CLOSE)
+    assert all(torch.equal(gate, torch.ones(24)) for gate in seen)
+
+
+@pytest.mark.parametrize("family", PROVEN)
+@pytest.mark.parametrize("train", TRAIN)
+def test_in_place_is_the_base_with_the_source_expert_changed(tiny_base, tiny_graft, family, train):
+    """Weights written into the pretrained parameters: of two experts, in the second layer."""
+    model, base = tiny_graft(family, train=train, form="in_place", per_layer=2), tiny_base(family)
+    experts = [[], [2, 7]]
+    tree = random_leaves(model.fresh_side(experts, 0))
+    assert not [key for key in tree if ".mix." in key]
+    site = base.sites[1]
+    for number, expert in enumerate(experts[1]):
+        gate, up = site.experts.gate_up_proj.data[expert].chunk(2)
+        for name, weight in (("gate", gate), ("up", up), ("down", site.experts.down_proj.data[expert])):
+            head = f"layers.1.side.{number}.expert.{name}"
+            weight.copy_(tree[f"{head}.weight"]) if train == "full" else weight.add_(6 / 4 * tree[f"{head}.B"] @ tree[f"{head}.A"])
+    shares = {}
+    with model.using(tree, experts), model.watching_gates(lambda layer, number, gate: shares.update({(layer, number): gate})):
+        changed = logits(model.base)
+    torch.testing.assert_close(changed, logits(base), **CLOSE)
+    assert (changed - logits(tiny_base(family))).abs().max() > 0.01
+    assert shares.keys() == {(1, 0), (1, 1)}
+    assert all(0 < int((share > 0).sum()) < 24 for share in shares.values())  # the router's own weight, where it chose the expert
+
+
+def test_in_place_trains_also_where_no_token_meets_the_expert(tiny_graft):
+    """Its gradient is then zero, not missing."""
+    model = tiny_graft("olmoe", form="in_place")
+    model.base.sites[0].router.weight.data[:] = 0.0  # ties go to the same two experts for every token
+    ids, index = IDS, []
+    handle = model.base.sites[0].experts.register_forward_hook(lambda module, args, output: index.append(args[1]))
+    logits(model.base)
+    handle.remove()
+    idle = min(set(range(8)) - set(index[0].flatten().tolist()))
+    tree = {key: leaf.requires_grad_() for key, leaf in model.fresh_side([[idle], [0]], 0).items()}
+    with model.using(tree, [[idle], [0]]):
+        model.base.model(ids, use_cache=False).logits.sum().backward()
+    assert all(leaf.grad is not None and not leaf.grad.any() for key, leaf in tree.items() if key.startswith("layers.0."))
+
+
+def test_in_place_is_refused_where_weights_do_not_act_on_outputs(tiny_graft):
+    model = tiny_graft("olmoe")
+    anatomy = replace(model.base, sites=[replace(site, replaceable=False) for site in model.base.sites])
+    with pytest.raises(ValueError, match=r"graft\.form: in_place: the experts of .* do not run one by one"):
+        SideExperts(anatomy, GraftSettings(form="in_place"), model.lora_settings)
+
+
+@pytest.mark.parametrize("family", PROVEN)
+def test_a_mixture_starts_from_the_weighted_mean_of_weights(tiny_graft, family):
+    model = tiny_graft(family, train="full", mixture=2)
+    tree = model.fresh_side([[5], [2]], 0, mixture=[[(5, 0.75), (1, 0.25)], [(2, 0.5), (3, 0.5)]])
+    for layer, parts in ((0, {5: 0.75, 1: 0.25}), (1, {2: 0.5, 3: 0.5})):
+        experts = model.base.sites[layer].experts
+        expected = sum(share * experts.down_proj[expert] for expert, share in parts.items())
+        torch.testing.assert_close(tree[f"layers.{layer}.side.0.expert.down.weight"], expected.detach(), rtol=1e-6, atol=1e-7)
+    rows = [model.base.family.router_row(model.base.sites[layer], expert) for layer, expert in ((0, 5), (1, 2))]
+    assert all(torch.equal(tree[f"layers.{layer}.side.0.mix.weight"], row) for layer, row in enumerate(rows))  # of the best
+    alone = model.fresh_side([[5], [2]], 0, mixture=[[(5, 1.0)], [(2, 1.0)]])
+    plain = model.fresh_side([[5], [2]], 0)
+    assert all(torch.equal(alone[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize("other", [{"train": "lora"}, {"train": "full", "form": "preserving"}, {"train": "full", "per_layer": 2}])
+def test_a_mixture_needs_weights_of_its_own(other):
+    with pytest.raises(ValidationError, match="takes train: full, form: faithful and per_layer: 1"):
+        GraftSettings(mixture=2, **other)
+
+
+def test_on_and_off_are_what_yaml_makes_of_them():
+    assert [GraftSettings(gate=gate).gate for gate in (True, False, "off", "fixed")] == ["learned", "off", "off", "fixed"]

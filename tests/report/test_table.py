@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fedgraft.report.groups import labels
 from fedgraft.report.record import Record
-from fedgraft.report.table import compare_tables, cost, labels, run_tables
+from fedgraft.report.table import compare_tables, cost, run_tables
 
 
 def record(method, folder, **clients):
@@ -62,6 +63,16 @@ def test_runs_of_one_method_in_folders_of_one_name_are_told_apart():
     twins = [record("flex", f"seed{seed}/out", ada={"base": 3.0, "personal": float(seed)}) for seed in (1, 2)]
     assert len(set(labels(twins))) == 2
     assert compare_tables(twins)[0].clients["ada"] == {"base": 3.0, labels(twins)[0]: 1.0, labels(twins)[1]: 2.0}
+
+
+def test_runs_that_differ_only_in_their_seed_are_one_column_of_means():
+    other = record("flex", "runs/c", ben={"base": 5.0, "personal": 4.0}, ada={"base": 3.0, "personal": 1.5}, zoe={"personal": 9.0})
+    other.recipe["seed"] = 1
+    loss = compare_tables([FLEX, FEDAVG, other])[0]
+    assert loss.columns == ["base", "flex", "fedavg"]
+    assert loss.clients["ben"] == {"base": 4.5, "flex": 3.0, "fedavg": 3.0}
+    assert loss.clients["ada"]["flex"] == 1.25
+    assert loss.clients["zoe"] == {"flex": 9.0}  # the data of another seed may have other clients
 
 
 def test_cost_is_per_round_and_in_all():

@@ -143,6 +143,49 @@ def test_compare_as_json(command, finished, fedavg, tmp_path):
     assert rouge["clients"]["bakery"]["fedavg"] == fedavg.results["bakery"]["personal"]["rougeL"]
 
 
+def test_compare_takes_runs_that_differ_in_their_seed_together(command, finished, fedavg, tmp_path):
+    """Copies under another seed: three of FLEx and three of FedAvg, so a test of two groups with no deviation."""
+    folders = []
+    for record in (finished, fedavg):
+        for seed in range(3):
+            folders.append(shutil.copytree(record.folder, tmp_path / f"{record.method}_seed-{seed}"))
+            recipe = yaml.safe_load((folders[-1] / "recipe.yaml").read_text())
+            (folders[-1] / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"seed": seed}))
+    done = command("compare", *folders, "--baseline", "fedavg", "--html", tmp_path / "page.html")
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"client\W+base\W+flex\W+fedavg\W", done.out)
+    assert "response loss (nats/token); differences to fedavg" in done.out
+    assert "same in every" in done.out
+    assert "Holm" in done.out
+    assert 'id="seeds"' in (tmp_path / "page.html").read_text()
+    document = json.loads(command("compare", *folders, "--json").out)
+    assert {run["group"] for run in document["runs"]} == {"flex", "fedavg"}
+    assert [row["seeds"] for row in document["over_seeds"][0]["rows"]] == [[0, 1, 2]] * 2
+    refused = command("compare", *folders, "--baseline", "fedavgg")
+    assert (refused.code, refused.out) == (2, "")
+    assert "did you mean 'fedavg'?" in refused.err
+
+
+def test_compare_of_single_runs_shows_nothing_over_seeds(command, finished, fedavg):
+    assert "Holm" not in command("compare", finished.folder, fedavg.folder).out
+
+
+def test_many_runs_are_lines_with_their_summary(command, finished, tmp_path):
+    """Eight columns are more than a terminal has room for."""
+    folders = [shutil.copytree(finished.folder, tmp_path / f"copy{number}") for number in range(8)]
+    done = command("compare", *folders)
+    assert done.code == 0
+    assert re.search(r"run\W+mean\W+std\W+worst\W", done.out)
+    assert all(f"flex (copy{number})" in done.out for number in range(8))
+
+
+def test_compare_refuses_a_sweep_without_a_finished_run(command, tmp_path):
+    (tmp_path / "sweep.json").write_text(json.dumps({"schema": 1, "points": [{"name": "flex"}]}))
+    done = command("compare", tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert "no run of this sweep is finished yet" in done.err
+
+
 def test_compare_refuses_an_unfinished_run(command, finished, tmp_path):
     folder = shutil.copytree(finished.folder, tmp_path / "copy")
     (folder / "results.json").unlink()
@@ -231,7 +274,7 @@ def test_long_errors_are_not_folded(command, monkeypatch):
 
 def test_version_and_help(command):
     assert command("--version")[:2] == (0, f"fedgraft {__version__}\n")
-    for words in (["--help"], ["run", "--help"], ["resume", "--help"], ["compare", "--help"], ["list", "--help"]):
+    for words in (["--help"], ["run", "--help"], ["resume", "--help"], ["compare", "--help"], ["list", "--help"], ["sweep", "--help"]):
         done = command(*words)
         assert done.code == 0
         assert "Usage" in done.out

@@ -7,8 +7,9 @@ import yaml
 
 from fedgraft.methods import fedavg
 from fedgraft.methods.method import Method
-from fedgraft.recipe import METHOD_SECTIONS, Recipe, load_recipe, read_yaml
+from fedgraft.recipe import METHOD_SECTIONS, Recipe, load_recipe
 from fedgraft.report.record import read_recipe, write_recipe
+from fedgraft.yaml_text import read_yaml
 
 
 def set_(*assignments: str, source=None) -> Recipe:
@@ -113,7 +114,7 @@ def test_null_takes_a_section_back():
         ({"method": {"name": "flx"}}, [], ["recipe: unknown method 'flx' (did you mean 'flex'?)", "fedavg", "local"]),
         ({"data": {"dataset": "doly"}}, [], ["unknown dataset 'doly' (did you mean 'dolly'?)", "jsonl"]),
         ({"selection": {"criterion": "reconstruct"}}, [], ["unknown criterion 'reconstruct' (did you mean", "gate_mass"]),
-        ({"method": {"name": "flex", "mu": 1}}, [], ["method.mu: 'flex' has no such option", "its options: none"]),
+        ({"method": {"name": "fedavg", "mu": 1}}, [], ["method.mu: 'fedavg' has no such option", "its options: none"]),
         ({"method": {"name": "fedavg"}, "graft": {"per_layer": 1}}, [], ["graft: set in the recipe, but method 'fedavg' doesn't use it"]),
         ({"method": {"name": "local"}, "selection": {}}, [], ["selection: set in the recipe, but method 'local'", "--set selection=null"]),
         ({}, ["training.lr"], ["--set training.lr: write section.key=value"]),

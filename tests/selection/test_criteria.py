@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedgraft import plugins
-from fedgraft.selection.choose import choose
+from fedgraft.selection.choose import choose, shares
 from fedgraft.selection.profile import Profile, measure
 from tests.conftest import PROVEN
 from tests.selection import brute
@@ -18,9 +18,12 @@ from tests.selection.brute import rows
 RNG = np.random.default_rng(0)
 
 
+PER_EXPERT = ("output_sq_LE", "dot_LE", "raw_dot_LE", "count_LE", "mass_LE", "strength_LE")
+
+
 def profile_of(**sums: object) -> Profile:
     """One layer of three experts; what is not given is 1."""
-    ones = {name: torch.ones(1, 3, dtype=torch.float64) for name in ("output_sq_LE", "dot_LE", "raw_dot_LE", "count_LE", "mass_LE")}
+    ones = {name: torch.ones(1, 3, dtype=torch.float64) for name in PER_EXPERT}
     ones |= {name: torch.ones(1, dtype=torch.float64) for name in ("full_sq_L", "raw_full_sq_L")}
     given = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
     return Profile(**(ones | given), tokens=10)
@@ -186,6 +189,48 @@ def test_frequency_and_mass_are_shares_of_the_tokens():
     assert scores("gate_mass", profile) == pytest.approx([0.6, 0.3, 0.1])
 
 
+def test_reap_is_the_mean_over_the_tokens_that_an_expert_receives(tiny_base):
+    """S_e = 1/|X_e| sum over X_e of w_e ||E_e(x)||, token by token from the real router and experts; 0 for an expert without tokens."""
+    base, batch = tiny_base("qwen2_moe", dtype=torch.float64), rows(5, 4)
+    profile = measure(base, [batch], 100)
+    found = plugins.load("criterion", "reap").score(profile)
+    for layer, (site, x) in enumerate(zip(base.sites, brute.layer_inputs(base, batch), strict=True)):
+        with torch.no_grad():
+            _, weight, index = site.router(x)
+        for expert in range(8):
+            norm = brute.routed(base, site, x, brute.masked_to([expert])).norm(dim=-1)
+            terms = [float(weight[token, place] * norm[token]) for token, place in torch.argwhere(index == expert).tolist()]
+            assert float(found[layer, expert]) == pytest.approx(sum(terms) / len(terms) if terms else 0.0, rel=1e-6)
+    assert choose("reap", profile, 1, RNG) == found.argmax(-1, keepdim=True).tolist()
+
+
+def test_reap_keeps_a_rare_strong_expert_that_frequency_drops():
+    """Expert 2 receives one token of ten and answers it with norm 9 at weight 0.5."""
+    profile = profile_of(count_LE=[[10, 9, 1]], strength_LE=[[6.0, 4.0, 4.5]])
+    assert scores("reap", profile) == pytest.approx([0.6, 4 / 9, 4.5])
+    assert choose("reap", profile, 1, RNG) == [[2]]
+    assert choose("activation_frequency", profile, 1, RNG) == [[0]]
+
+
+def test_reap_of_pooled_sums_is_that_of_the_pooled_text(tiny_base):
+    base, parts = tiny_base("olmoe", dtype=torch.float64), [rows(9, seed=seed) for seed in range(4)]
+    profiles = [measure(base, [part], 100) for part in parts]
+    pooled = sum(profile.strength_LE for profile in profiles) / sum(profile.count_LE for profile in profiles).clamp_min(1)
+    together = plugins.load("criterion", "reap").score(measure(base, parts, 100))
+    torch.testing.assert_close(pooled, together, rtol=1e-9, atol=0)
+
+
+def test_shares_of_a_mixture():
+    """By score where a criterion counts something, by inverse error where it measures one, equal where it draws."""
+    profile = profile_of(
+        full_sq_L=[4.0], output_sq_LE=[[1.0, 1.0, 1.0]], dot_LE=[[2.0, 1.5, 0.5]], mass_LE=[[6.0, 3.0, 1.0]], count_LE=[[8, 10, 2]]
+    )
+    assert shares("gate_mass", profile, [[0, 2]])[0] == pytest.approx([6 / 7, 1 / 7])
+    assert shares("activation_frequency", profile, [[1, 0]])[0] == pytest.approx([10 / 18, 8 / 18])
+    assert shares("reconstruction", profile, [[0, 1, 2]])[0] == pytest.approx([1 / 1 / (1 + 1 / 2 + 1 / 4), 0.5 / 1.75, 0.25 / 1.75])
+    assert shares("random", profile, [[2, 1]])[0] == [0.5, 0.5]
+
+
 def test_random_follows_its_stream_and_reaches_every_expert():
     profile = profile_of()
     draws = [choose("random", profile, 2, np.random.default_rng(seed))[0] for seed in range(60)]
@@ -206,3 +251,6 @@ def test_contract_of_every_criterion(tiny_base, name):
         assert all(type(expert) is int and 0 <= expert < 8 for experts in chosen for expert in experts)
     if hasattr(module, "score"):
         assert module.score(profile).shape == (2, 8)
+    parts = shares(name, profile, choose(name, profile, 3, np.random.default_rng(0)))
+    assert [sum(layer) for layer in parts] == pytest.approx([1.0, 1.0])
+    assert all(share > 0 for layer in parts for share in layer)

@@ -43,6 +43,7 @@ def test_sums_equal_brute_force(tiny_base, family, gram):
             "raw_dot_LE": (raw * outputs).sum((1, 2)),
             "count_LE": chosen.sum((0, 1)),
             "mass_LE": (chosen * weight.double()[..., None]).sum((0, 1)),
+            "strength_LE": torch.einsum("tke,tk,et->e", chosen, weight.double(), outputs.norm(dim=-1)),
             "error_LE": (full - outputs).square().sum((1, 2)),
         }
         for name, value in expected.items():

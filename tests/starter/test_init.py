@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from fedgraft.recipe import load_recipe, read_yaml
+from fedgraft.recipe import load_recipe
+from fedgraft.yaml_text import read_yaml
 from tests.run.conftest import command  # noqa: F401  # a fixture
 from tests.starter.test_suggest import rows, write
 

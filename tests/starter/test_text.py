@@ -7,9 +7,10 @@ import re
 import pytest
 
 from fedgraft import plugins
-from fedgraft.recipe import load_recipe, read_yaml
+from fedgraft.recipe import load_recipe
 from fedgraft.starter.keys import unused_sections
 from fedgraft.starter.text import commented
+from fedgraft.yaml_text import read_yaml
 
 
 def values(method: str) -> dict:

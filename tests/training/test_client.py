@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fedgraft import seeds
 from fedgraft.bundle import Bundle
 from fedgraft.data.example import Example
+from fedgraft.data.general_text import calibration_texts
 from fedgraft.data.partition import ClientData
 from fedgraft.data.settings import DataSettings
 from fedgraft.selection.settings import SelectionSettings
@@ -82,6 +83,18 @@ def test_rows_are_prompt_and_response_of_the_template(make_client):
     ((batch,), _) = client.batches(0)
     assert texts(client, batch)[0] == "<|im_start|>user\nsay 0<|im_end|>\n<|im_start|>assistant\n0 <|im_end|>"
     assert client.model.base.tokenizer.decode(batch.labels[0][batch.labels[0] >= 0]) == "0 <|im_end|>"
+
+
+def test_generic_calibration_is_the_shipped_text_the_same_for_every_client(make_client):
+    """Every document once, cut into rows; no word of the client's own."""
+    found = []
+    for name in ("ada", "bo"):
+        client = make_client(name=name)
+        client.selection = SelectionSettings(text="generic")
+        found.append([text for batch in client.calibration() for text in texts(client, batch)])
+    assert found[0] == found[1]
+    assert sorted("".join(found[0])) == sorted("".join(calibration_texts()))
+    assert not any("say" in text and "<|" in text for text in found[0])
 
 
 def test_calibration_is_the_whole_text_once_in_an_order_of_its_own(make_client):

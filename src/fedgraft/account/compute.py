@@ -54,7 +54,10 @@ def compute_of(anatomy: Anatomy, layers: Sequence[Layer], adapters: Shapes, side
     inside = {id(part) for site in anatomy.sites for part in site.experts.parameters()}
     counted = {id(part) for site in anatomy.sites for module in site.shared for part in module.parameters()} | inside
     routed, shared = sum(each.top_k * each.parameters for each in experts), sum(each.shared for each in experts)
-    frozen = graft.per_layer * sum(each.parameters for each in experts) if side else 0
+    grafts = len({tuple(key.split(".")[:4]) for key in side}) // max(1, len(experts))
+    frozen = grafts * sum(each.parameters for each in experts)
+    in_place = graft.form == "in_place"  # it runs on the tokens that are routed to its source alone
+    met = sum(each.parameters * each.top_k / each.number for each in experts) / sum(each.parameters for each in experts) if in_place else 1
     return Compute(
         routed=2 * routed,
         shared=2 * shared,
@@ -62,9 +65,9 @@ def compute_of(anatomy: Anatomy, layers: Sequence[Layer], adapters: Shapes, side
         scores=sum(_scores(layer, length) for layer in layers),
         head=2 * head.weight.numel(),
         adapters=2 * _active(adapters, layers),
-        graft=2 * (frozen * (1 + (graft.form == "preserving")) + _extra(side, graft)),
+        graft=round(2 * met * (frozen * (1 + (graft.form != "faithful")) + _extra(side, graft))),
         selection=2 * sum(each.number * each.parameters for each in experts),
-        experts_per_graft=(frozen / routed, frozen / (routed + shared)),
+        experts_per_graft=(met * frozen / routed, met * frozen / (routed + shared)),
     )
 
 

@@ -56,7 +56,7 @@ def _on_graft(anatomy: Anatomy, layers: Sequence[Layer], graft: GraftSettings) -
         yield Finding(
             severity="note", text="the router also chooses zero-computation experts; they are never grafted, and FLOPs are upper bounds"
         )
-    if graft.gate_start == "router_row":
+    if graft.has_gate and graft.gate_start == "router_row":
         try:
             anatomy.family.router_row(anatomy.sites[0], 0)
         except ValueError as error:

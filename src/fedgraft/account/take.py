@@ -94,12 +94,12 @@ def take_account(anatomy: Anatomy, method: Method, lora: LoraSettings, graft: Gr
     """
     with_adapters, with_side = "adapters" in method.places, "side" in method.places
     adapters = adapter_shapes(anatomy, lora) if with_adapters else {}
-    side = side_shapes(anatomy, graft, lora) if with_side else {}
+    side = side_shapes(anatomy, graft, lora, method.shared_grafts) if with_side else {}
     chosen = chosen_projections(anatomy, lora.targets) if with_adapters else []
     shapes = method.leaves(adapters | side)
     own, common = _split(shapes, method)
     layers = layers_of(anatomy, {projection.path for projection in chosen}, common.layers, own.layers)
-    grafts = graft.per_layer if with_side else 0
+    grafts = graft.per_layer + method.shared_grafts if with_side else 0
     compute = compute_of(anatomy, layers, adapters, side, graft, work.length)
     parameters = sum(parameter.numel() for parameter in anatomy.model.parameters())
     config = anatomy.model.config.get_text_config()

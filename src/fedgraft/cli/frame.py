@@ -46,10 +46,11 @@ def options(
 
 
 @contextmanager
-def reporting(quiet: bool, verbose: bool = False, folder: Path | None = None) -> Iterator[Progress]:
+def reporting(quiet: bool, verbose: bool = False, folder: Path | None = None, again: str = "") -> Iterator[Progress]:
     """Progress that leaves the terminal as it was.
 
-    Ctrl-C ends in exit code 130, SIGTERM in 143, both with how to go on (`folder`: the run that was there).
+    Ctrl-C ends in exit code 130, SIGTERM in 143, both with how to go on (`folder`: the run that was there; `again`: the command, where it
+    is another than `resume`).
     """
     from fedgraft.signals import Terminated, terminating
 
@@ -59,19 +60,19 @@ def reporting(quiet: bool, verbose: bool = False, folder: Path | None = None) ->
             yield progress
     except KeyboardInterrupt as stop:
         progress.close()
-        _say_stopped(getattr(stop, "folder", folder))
+        _say_stopped(getattr(stop, "folder", folder), again)
         terminated = isinstance(stop, Terminated) or isinstance(stop.__cause__, Terminated)
         raise typer.Exit(143 if terminated else 130) from None
     finally:
         progress.close()
 
 
-def _say_stopped(folder: Path | None) -> None:
+def _say_stopped(folder: Path | None, again: str) -> None:
     hint = "Nothing was begun."
-    if folder is not None:
+    if folder is not None or again:
         from fedgraft.report.record import resume_command
 
-        hint = f"What was finished is saved; continue with: {resume_command(folder)}"
+        hint = f"What was finished is saved; continue with: {again or resume_command(folder or Path())}"
     console(stderr=True).print(f"Stopped. {hint}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 

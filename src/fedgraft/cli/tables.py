@@ -2,31 +2,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from fedgraft.cli.frame import console
 
 if TYPE_CHECKING:
+    from fedgraft.report.over_seeds import SeedTable
     from fedgraft.report.record import Record
     from fedgraft.report.table import Table
 
+MOST_COLUMNS = 8  # of runs that a terminal has room for
+WIDEST_NAME = 36
+
 
 def print_tables(tables: list[Table]) -> None:
-    """Each figure as a table with its summary rows."""
+    """Each figure as a table of clients x runs with summary rows; of more runs than fit, the summary alone, a line per run."""
+    for table in tables:
+        console().print(table.title, style="bold", highlight=False, soft_wrap=True)
+        console().print(_upright(table) if len(table.columns) <= MOST_COLUMNS else _on_its_side(table))
+
+
+def _upright(table: Table) -> Any:
     from rich.table import Table as RichTable
 
+    drawn = RichTable("client")
+    for name in table.columns:
+        drawn.add_column(name, justify="right")
+    for client, values in table.clients.items():
+        drawn.add_row(client, *(_cell(table, values, name) for name in table.columns))
+    drawn.add_section()
+    for row, values in table.summary.items():
+        drawn.add_row(row, *(_cell(table, values, name) for name in table.columns), style="bold" if row == "mean" else None)
+    return drawn
+
+
+def _on_its_side(table: Table) -> Any:
+    from rich.table import Table as RichTable
+
+    drawn = RichTable()
+    drawn.add_column("run", overflow="fold", min_width=min(WIDEST_NAME, max(map(len, table.columns))))
+    for title in table.summary:
+        drawn.add_column(title, justify="right", style="bold" if title == "mean" else None)
+    for name in table.columns:
+        drawn.add_row(name, *(_cell(table, values, name) for values in table.summary.values()))
+    return drawn
+
+
+def _cell(table: Table, values: Mapping[str, float], name: str) -> str:
+    return f"{values[name]:.{table.digits}f}" if name in values else "-"
+
+
+def print_over_seeds(tables: list[SeedTable]) -> None:
+    """Each figure as a table of groups, with mean, deviation and tests."""
+    from rich.table import Table as RichTable
+
+    from fedgraft.report.over_seeds import EXPLANATION
+
     for table in tables:
-        drawn = RichTable("client")
-        for name in table.columns:
+        first, *others = table.columns
+        drawn = RichTable()
+        drawn.add_column(first, overflow="fold", min_width=min(WIDEST_NAME, max(len(row.name) for row in table.rows)))
+        for name in others:
             drawn.add_column(name, justify="right")
-        for client, values in table.clients.items():
-            drawn.add_row(client, *(f"{values[name]:.{table.digits}f}" if name in values else "-" for name in table.columns))
-        drawn.add_section()
-        for row, values in table.summary.items():
-            style = "bold" if row == "mean" else None
-            drawn.add_row(row, *(f"{values[name]:.{table.digits}f}" for name in table.columns), style=style)
-        console().print(table.title, style="bold", highlight=False, soft_wrap=True)
+        for cells in table.cells():
+            drawn.add_row(*cells)
+        console().print(table.heading, style="bold", highlight=False, soft_wrap=True, markup=False)
         console().print(drawn)
+    console().print(EXPLANATION, style="dim", highlight=False, soft_wrap=True)
 
 
 def print_cost(name: str, record: Record) -> None:

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from functools import lru_cache
-from importlib import resources
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedgraft.data.general_text import general_texts
 from fedgraft.moe.load import Base
 from fedgraft.training.fit import autocast
 
 WINDOW = 512
-
-
-@lru_cache(maxsize=1)
-def general_texts() -> tuple[str, ...]:
-    """The shipped held-out documents."""
-    content = (resources.files("fedgraft") / "assets" / "general_text.jsonl.gz").read_bytes()
-    return tuple(json.loads(line)["text"] for line in gzip.decompress(content).decode().splitlines())
 
 
 def windows(tokenizer: Any, tokens: int) -> Tensor:

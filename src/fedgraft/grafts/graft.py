@@ -11,7 +11,7 @@ from torch import Tensor
 from fedgraft.grafts.expert_lora import ExpertPairs, expert_shapes
 from fedgraft.grafts.lora import LoraSettings, LowRank, Shapes, chosen_projections, fresh_pairs, low_rank_shapes
 from fedgraft.grafts.router import RouterRows, router_shapes
-from fedgraft.grafts.side_expert import GraftSettings, SeeGate, SideExperts
+from fedgraft.grafts.side_expert import GraftSettings, Mixture, SeeGate, SideExperts
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.load import Base
 from fedgraft.moe.projections import Projection
@@ -53,9 +53,9 @@ class GraftedModel:
         """New leaves of everything in `lora.targets`, on the CPU, the same on every site for the same seed."""
         return fresh_pairs(self._pairs, seed) | (self._router.fresh() if self._router is not None else {})
 
-    def fresh_side(self, experts: Experts, seed: int) -> Tree:
-        """New leaves of the grafted experts and their gates, on the CPU."""
-        return self._side.fresh(experts, seed)
+    def fresh_side(self, experts: Experts, seed: int, mixture: Mixture = ()) -> Tree:
+        """New leaves of the grafted experts and their gates, on the CPU; with a `mixture` of experts as their start."""
+        return self._side.fresh(experts, seed, mixture)
 
     def placed(self, tree: Mapping[str, Tensor]) -> Tree:
         """The leaves where their layers compute; a leaf that is there already stays the same object."""

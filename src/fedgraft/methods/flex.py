@@ -2,9 +2,110 @@
 
 from __future__ import annotations
 
-from fedgraft.methods.method import Method, side_only
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from fedgraft.address import place_of, side_number
+from fedgraft.aggregation.server import Ask, Server
+from fedgraft.bundle import Bundle
+from fedgraft.methods.method import Method, Prediction, answer_as, choose_experts, open_run, personal_leaves, train_round
+from fedgraft.training.client import Client
+from fedgraft.tree import Tree, partition
 
 
-def build() -> Method:
-    """Side experts and their gates stay on the client; the rest is FedAvg."""
-    return Method(places=frozenset({"adapters", "side"}), personal=side_only)
+def build(shared_graft: bool = False, private_router: bool = False) -> Method:
+    """Side experts and their gates stay on the client; the rest is FedAvg. Without any graft it is the method `fedavg`.
+
+    Args:
+        shared_graft: beside its own, every client carries one further grafted expert per layer, the same for all, sent and averaged. It
+            starts from the expert that is the first choice of most clients (ties to the lowest).
+        private_router: the router's rows are trained and stay on the client; `lora.targets` must name `router`.
+    """
+    kept = Method(
+        places=frozenset({"adapters", "side"}),
+        personal=lambda key: (
+            (place_of(key) == "side" and not (shared_graft and _is_common(key))) or (private_router and place_of(key) == "router")
+        ),
+        targets=frozenset({"router"} if private_router else ()),
+    )
+    if not shared_graft:
+        return kept
+    return replace(
+        kept, shared_grafts=1, open=open_common, pack=pack_common, graft=choose_first, train=train_with_common, answer=answer_with_common
+    )
+
+
+def _is_common(key: str) -> bool:
+    """The shared graft is the first of its layer."""
+    return place_of(key) == "side" and side_number(key) == 0
+
+
+def open_common(method: Method, server: Server, ask: Ask) -> None:
+    """Every client chooses; the common expert is elected; its first leaves come from one client, since only clients hold the base."""
+    choices: dict[str, Any] = {}
+
+    def listening(question: str, packages: dict[str, Bundle]) -> Any:
+        for reply in ask(question, packages):
+            choices[reply.client] = reply.bundle.facts["experts"]
+            yield reply
+
+    open_run(method, server, listening)
+    if not choices:
+        raise ValueError("method.shared_graft: no client has answered, so there is no expert to begin with; start again when one is there")
+    common = elect(list(choices.values()))
+    for client in choices:
+        for reply in ask("graft", {client: server.package(common=common)}):
+            shared = {**server.state.tree("shared"), **reply.bundle.tree("shared")}
+            server.state = Bundle(trees={"shared": shared}, facts={"common": common})
+            return
+    raise ValueError("method.shared_graft: no client has sent the first leaves of the shared graft; start again")
+
+
+def elect(choices: list[list[list[int]]]) -> list[int]:
+    """Per layer the expert that is the first choice of most clients, ties to the lowest; choices [clients][L][r]."""
+    ballots = (Counter(chosen[0] for chosen in layer) for layer in zip(*choices, strict=True))
+    return [min(votes, key=lambda expert: (-votes[expert], expert)) for votes in ballots]
+
+
+def pack_common(method: Method, server: Server, client: str) -> Bundle:
+    """The shared leaves, and the source of the shared graft."""
+    return server.package({"shared": server.state.tree("shared")}, common=server.state.facts["common"])
+
+
+def choose_first(method: Method, client: Client, package: Bundle) -> Bundle:
+    """Choose the client's own experts; asked again with the common one, grow the grafts and reply with the shared one's first leaves."""
+    if not client.experts:
+        choice = choose_experts(client)
+        facts = {"experts": choice.experts, "errors": choice.errors, "calibration_tokens": choice.tokens}
+        client.remember(trees={}, facts={"experts": choice.experts, "mixture": choice.mixture, "choice": facts})
+    told: Any = client.memory.facts["choice"] or {}
+    first: Tree = {}
+    if "common" in package.facts:
+        join(method, client, package)
+        first, _ = partition(client.model.fresh_side(client.experts, client.seed, client.mixture), _is_common)
+    return Bundle(trees={"shared": first} if first else {}, facts=told)
+
+
+def join(method: Method, client: Client, package: Bundle) -> None:
+    """Take the common expert before the client's own, once; its first personal leaves follow from that."""
+    if not client.experts:  # it was away when the others chose
+        choose_first(method, client, Bundle())
+    if "personal" not in client.memory.trees:
+        common: Any = package.facts["common"]
+        client.remember(trees={}, facts={"experts": [[first, *own] for first, own in zip(common, client.experts, strict=True)]})
+        client.remember(trees={"personal": personal_leaves(method, client)}, facts={"choice": None})
+
+
+def train_with_common(method: Method, client: Client, package: Bundle) -> Bundle:
+    """As every method, with both grafts."""
+    join(method, client, package)
+    return train_round(method, client, package)
+
+
+def answer_with_common(method: Method, client: Client, package: Bundle) -> dict[str, Prediction]:
+    """As every method; the aggregated leaves alone have the shared graft among them."""
+    grown = replace(client)  # so that being evaluated leaves no trace in the memory
+    join(method, grown, package)
+    models = answer_as(method, grown, package)
+    return {name: replace(model, experts=grown.experts) if model.tree else model for name, model in models.items()}

@@ -21,7 +21,7 @@ from fedgraft.bundle import Bundle, Fact
 from fedgraft.grafts.graft import Experts, adapter_shapes
 from fedgraft.grafts.lora import LoraSettings, Shapes
 from fedgraft.moe.family import Anatomy
-from fedgraft.selection.select import select_experts
+from fedgraft.selection.select import Choice, select_experts
 from fedgraft.training.client import Client
 from fedgraft.training.local_rules import LocalRule, plain
 from fedgraft.tree import Predicate, Tree, combine, partition, subtract
@@ -95,11 +95,26 @@ def absorb_updates(method: Method, server: Server, replies: Iterator[Reply]) -> 
 
 def grow_graft(method: Method, client: Client, package: Bundle) -> Bundle:
     """Choose the source experts on the client's own text and start its graft from them; replies with the choice alone."""
-    per_layer = client.model.graft_settings.per_layer
-    choice = select_experts(client.model.base, client.calibration(), client.selection, per_layer, client.seed, client.name, client.report)
-    client.remember(trees={}, facts={"experts": choice.experts})
+    choice = choose_experts(client)
+    mixture = {"mixture": choice.mixture} if choice.mixture else {}
+    client.remember(trees={}, facts={"experts": choice.experts, **mixture})
     client.remember(trees={"personal": personal_leaves(method, client)})
     return Bundle(facts={"experts": choice.experts, "errors": choice.errors, "calibration_tokens": choice.tokens})
+
+
+def choose_experts(client: Client) -> Choice:
+    """The source experts of its own grafts, by the recipe's criterion and text."""
+    graft = client.model.graft_settings
+    return select_experts(
+        client.model.base,
+        client.calibration(),
+        client.selection,
+        graft.per_layer,
+        client.seed,
+        client.name,
+        client.report,
+        mixture=graft.mixture,
+    )
 
 
 def personal_leaves(method: Method, client: Client) -> Tree:
@@ -115,7 +130,7 @@ def fresh_leaves(method: Method, client: Client) -> Tree:
     if "adapters" in method.places:
         fresh |= client.model.fresh_adapters(client.seed)
     if "side" in method.places and client.experts:
-        fresh |= client.model.fresh_side(client.experts, client.seed)
+        fresh |= client.model.fresh_side(client.experts, client.seed, client.mixture)
     return fresh
 
 
@@ -185,6 +200,10 @@ class Method:
     """Leaves that never leave the client."""
     frozen: Predicate = nothing
     """Of those, the ones that stay as they were drawn."""
+    shared_grafts: int = 0
+    """Grafted experts per layer beside those that the recipe counts (`graft.per_layer`)."""
+    targets: frozenset[str] = frozenset()
+    """Names that `lora.targets` must hold for the method to do what its options say."""
     local: LocalRule = plain
     """How a client trains."""
     merge: Merge = by_examples

@@ -10,9 +10,10 @@ from typing import TypeAlias
 
 from fedgraft.report.blocks import Block, Commands, Grid, Note, Section
 from fedgraft.report.figures import Series, curves, dots, scatter
+from fedgraft.report.groups import grouped, labels
 from fedgraft.report.record import Record
 from fedgraft.report.shaping import absent, flat, grid, headline, mean_losses, shown, styles
-from fedgraft.report.table import FIGURES, compare_tables, cost, labels
+from fedgraft.report.table import FIGURES, compare_tables, cost
 
 ComparisonSection: TypeAlias = Callable[[Sequence[Record]], Section]
 
@@ -36,13 +37,13 @@ def runs(records: Sequence[Record]) -> Section:
 
 
 def quality(records: Sequence[Record]) -> Section:
-    """Every figure of the personal models, clients x runs."""
+    """Every figure of the personal models, clients x runs; a client's mean over the seeds of runs that differ in nothing else."""
     tables = compare_tables(records)
     if not tables:
         return absent("quality", "Quality", "None of these runs is evaluated yet.")
     blocks: list[Block] = [headline(tables, "runs"), Note(text="The column of a run holds its personal models, base the untouched model.")]
     first = tables[0]
-    look = styles(["base", *labels(records)])
+    look = styles(["base", *(group.name for group in grouped(records))])
     look = {name: look[name] for name in first.columns}
     sentence = f"For each client the {first.title} of {', '.join(first.columns)}, joined from best to worst; lower is better."
     blocks.append(dots("quality-dots", "Client by client", sentence, first.clients, look, x_title=first.title))

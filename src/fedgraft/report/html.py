@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedgraft import files
-from fedgraft.report import comparison, expert_sections, sections, training_sections
+from fedgraft.report import comparison, expert_sections, over_seeds, sections, training_sections
 from fedgraft.report.blocks import Facts, Page
 from fedgraft.report.record import Record
 from fedgraft.report.shaping import shown
@@ -69,8 +69,12 @@ def run_page(record: Record) -> str:
     )
 
 
-def comparison_page(records: Sequence[Record]) -> str:
-    """The page of several runs."""
+def comparison_page(records: Sequence[Record], baseline: str | None = None) -> str:
+    """The page of several runs; `baseline` names the runs that the others are tested against, the first ones without it.
+
+    Raises:
+        ValueError: there are no runs of that name.
+    """
     methods = list(dict.fromkeys(record.method for record in records))
     clients = sorted({len(record.results) for record in records if record.results})
     items = [
@@ -83,7 +87,7 @@ def comparison_page(records: Sequence[Record]) -> str:
             title=f"{len(records)} run{'' if len(records) == 1 else 's'} compared",
             lead=f"Federated runs side by side: {', '.join(methods)}.",
             facts=Facts(items=items),
-            sections=[make(records) for make in COMPARISON],
+            sections=[*over_seeds.section(records, baseline), *(make(records) for make in COMPARISON)],
         )
     )
 

@@ -16,6 +16,7 @@ import yaml
 from fedgraft import files
 
 SCHEMA = 1
+SWEEP = "sweep.json"
 QUOTE = shlex.quote if os.name == "posix" else lambda word: subprocess.list2cmdline([word])  # as the shell at hand reads it
 
 
@@ -120,6 +121,12 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> None:
 def write_document(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON document with its schema version, atomically."""
     files.write_json(path, {"schema": SCHEMA, **content})
+
+
+def sweep_runs(folder: Path) -> list[Path] | None:
+    """The run folders of a sweep by its `sweep.json`, begun or not; None where the folder is no sweep's."""
+    document = read_document(folder / SWEEP)
+    return [folder / point["name"] for point in document["points"]] if document else None
 
 
 def resume_command(folder: Path) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedgraft.report.groups import grouped
 from fedgraft.report.record import Record, summary
 
 FIGURES = {  # figure -> (heading, higher is better, digits)
@@ -59,27 +60,16 @@ def run_tables(record: Record) -> list[Table]:
 
 
 def compare_tables(records: Sequence[Record]) -> list[Table]:
-    """One table per figure: clients x runs, the base model first; each run is its `personal` model."""
-    names = labels(records)
+    """One table per figure: clients x runs, the base model first; each run is its `personal` model.
+
+    Runs that differ only in their seed are one column, a client's value being its mean over the seeds.
+    """
+    groups = grouped(records)
     tables = []
     for figure in FIGURES:
-        base = next((values for record in records if (values := record.figures("base", figure))), {})
-        runs = {name: record.figures("personal", figure) for name, record in zip(names, records, strict=True)}
-        tables.append(_table(figure, {"base": base, **runs}))
+        base = next((values for group in groups if (values := group.figures("base", figure))), {})
+        tables.append(_table(figure, {"base": base, **{group.name: group.figures("personal", figure) for group in groups}}))
     return [table for table in tables if table.columns]
-
-
-def labels(records: Sequence[Record]) -> list[str]:
-    """A short name for each run: its method, with the folder's name where two runs share a method, or its path where they share both."""
-    forms = [
-        [record.method for record in records],
-        [f"{record.method} ({record.folder.name})" for record in records],
-        [f"{record.method} ({record.folder})" for record in records],
-    ]
-    return [
-        next((name for name, form in zip(names, forms, strict=True) if form.count(name) == 1), names[-1])
-        for names in zip(*forms, strict=True)
-    ]
 
 
 def cost(record: Record) -> dict[str, Any]:

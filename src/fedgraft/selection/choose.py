@@ -45,6 +45,18 @@ def choose(criterion: str, profile: Profile, r: int, rng: np.random.Generator) -
     return best(module.score(profile), r)
 
 
+def shares(criterion: str, profile: Profile, chosen: list[list[int]]) -> list[list[float]]:
+    """How much each of the chosen experts [L][m] counts in a mixture of them, sum 1 per layer.
+
+    In proportion to the criterion's `share(profile)` [L, E] (positive), where it has none to its score, where it has neither to 1.
+    """
+    module = plugins.load("criterion", criterion)
+    counts = getattr(module, "share", getattr(module, "score", lambda profile: torch.ones_like(profile.output_sq_LE)))
+    weight = counts(profile).gather(1, torch.tensor(chosen)).clamp_min(torch.finfo(torch.float64).tiny)
+    result: list[list[float]] = (weight / weight.sum(-1, keepdim=True)).tolist()
+    return result
+
+
 def best(score_LE: torch.Tensor, r: int) -> list[list[int]]:
     """The r highest scores of each row, best first, ties to the lowest index."""
     order: list[list[int]] = score_LE.sort(dim=-1, descending=True, stable=True).indices[:, :r].tolist()

@@ -54,6 +54,8 @@ class Profile:
     """How many tokens have expert e among their top k [L, E]"""
     mass_LE: Tensor
     """Sum of the top-k weights of expert e, as the family computes them [L, E]"""
+    strength_LE: Tensor
+    """Sum of w_e ||E_e(x)|| over the tokens that have expert e among their top k, w_e as the family computes it [L, E]"""
     tokens: int
     """Real tokens seen"""
     token_scores: Tensor | None = None
@@ -129,7 +131,7 @@ class _Meter:
         self.real = torch.zeros(0, dtype=torch.bool)
         self.seen = 0
         self.full = torch.zeros(2, layers, dtype=torch.float64)  # R normalised, R raw
-        self.per_expert = torch.zeros(5, layers, experts, dtype=torch.float64)  # ||O||^2, <R, O>, raw <R, O>, count, mass
+        self.per_expert = torch.zeros(6, layers, experts, dtype=torch.float64)  # ||O||^2, <R, O>, raw <R, O>, count, mass, strength
         kept = tokens if gram else 0
         self.token_scores = torch.empty(layers, kept, experts)
         self.token_dot = torch.empty(layers, kept, experts, dtype=torch.float64)
@@ -165,8 +167,8 @@ class _Meter:
         own = index.clamp(max=site.num_experts)  # whatever stands behind the experts is counted in a column that is dropped
         columns = torch.zeros(len(x), site.num_experts + 1, dtype=torch.float64, device=x.device)
         chosen, mass = columns.scatter(1, own, 1.0)[:, :-1], columns.scatter_add(1, own, weight)[:, :-1]
-        sums = (square.sum(0), dot.sum(0), (scale[:, None] * dot).sum(0), chosen.sum(0), mass.sum(0))
-        self.per_expert[:, layer] += torch.stack(sums).cpu()
+        sums = (square, dot, scale[:, None] * dot, chosen, mass, mass * square.sqrt())
+        self.per_expert[:, layer] += torch.stack([each.sum(0) for each in sums]).cpu()
         self.full[:, layer] += torch.stack((full_sq.sum(), (scale.square() * full_sq).sum())).cpu()
         if stacked is not None:
             tokens = slice(start, start + len(x))
@@ -183,7 +185,7 @@ class _Meter:
         if not bool(finite.all()):
             path = self.base.sites[int((~finite).nonzero()[0])].path
             raise ValueError(f"{path}: expert outputs are not finite in {self.base.model.dtype}; try model.dtype: float32")
-        square, dot, raw_dot, count, mass = self.per_expert.unbind()
+        square, dot, raw_dot, count, mass, strength = self.per_expert.unbind()
         kept = slice(self.seen)
         return Profile(
             full_sq_L=self.full[0],
@@ -193,6 +195,7 @@ class _Meter:
             raw_dot_LE=raw_dot,
             count_LE=count,
             mass_LE=mass,
+            strength_LE=strength,
             tokens=self.seen,
             token_scores=self.token_scores[:, kept] if self.gram else None,
             token_dot=self.token_dot[:, kept] if self.gram else None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedgraft import seeds
 from fedgraft.data.batches import Batch
 from fedgraft.moe.load import Base
-from fedgraft.selection.choose import choose, losses, needs_gram
+from fedgraft.selection.choose import choose, losses, needs_gram, shares
 from fedgraft.selection.profile import measure
 from fedgraft.selection.settings import SelectionSettings
 
@@ -23,6 +23,8 @@ class Choice:
     """||R - E_e||^2 / ||R||^2 per layer and expert [L][E]."""
     tokens: int
     """Calibration tokens seen."""
+    mixture: list[list[tuple[int, float]]]
+    """What the graft of each layer starts as a mean of: (expert, share), sum 1; empty for copies."""
 
 
 def select_experts(
@@ -33,13 +35,23 @@ def select_experts(
     seed: int,
     client: str,
     report: Callable[[int, int], None] = lambda done, total: None,
+    mixture: int = 1,
 ) -> Choice:
     """Measure one profile on the unmodified model and choose `per_layer` experts in every layer; `report` hears (tokens seen, budget).
+
+    With a `mixture` above 1 so many are chosen, and the best of them stands for the mixture.
 
     Raises:
         ValueError: unknown criterion, or more grafts than experts.
     """
     budget = settings.budget(base.device.type)
-    profile = measure(base, batches, budget, gram=needs_gram(settings.criterion, per_layer), progress=lambda seen: report(seen, budget))
-    experts = choose(settings.criterion, profile, per_layer, seeds.numpy_rng(seed, "selection", client))
-    return Choice(experts=experts, errors=losses(profile), tokens=profile.tokens)
+    wanted = max(per_layer, mixture)
+    profile = measure(base, batches, budget, gram=needs_gram(settings.criterion, wanted), progress=lambda seen: report(seen, budget))
+    experts = choose(settings.criterion, profile, wanted, seeds.numpy_rng(seed, "selection", client))
+    mixed = zip(experts, shares(settings.criterion, profile, experts), strict=True) if mixture > 1 else ()
+    return Choice(
+        experts=[chosen[:per_layer] for chosen in experts],
+        errors=losses(profile),
+        tokens=profile.tokens,
+        mixture=[list(zip(chosen, share, strict=True)) for chosen, share in mixed],
+    )

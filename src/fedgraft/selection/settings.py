@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from fedgraft.settings import Section
@@ -16,7 +18,10 @@ class SelectionSettings(Section):
     criterion: str = "reconstruction"
     """Name of a criterion; `fedgraft list criteria` shows them."""
     tokens: int | None = Field(default=None, ge=1)
-    """Calibration tokens per client, from its own training text. Empty means 4,096 on a CPU and 262,144 (128 x 2,048) on a GPU."""
+    """Calibration tokens per client. Empty means 4,096 on a CPU and 262,144 (128 x 2,048) on a GPU."""
+    text: Literal["own", "generic"] = "own"
+    """What the experts are judged on: `own`, the client's training text; `generic`, shipped general text (about 14,000 tokens at most), the
+    same for every client and apart from the text that `evaluation.knowledge_tokens` measures on."""
 
     def budget(self, device_type: str) -> int:
         """Calibration tokens per client on a torch device type."""

@@ -17,8 +17,9 @@ from fedgraft.data.settings import DataSettings
 from fedgraft.data.survey import Problem, Survey, row_lengths, survey
 from fedgraft.moe.settings import EMBEDDED
 from fedgraft.moe.tokenizer import load_tokenizer, stated_limit
-from fedgraft.recipe import find_recipe, load_recipe, read_yaml
+from fedgraft.recipe import find_recipe, load_recipe
 from fedgraft.starter.keys import unused_sections
+from fedgraft.yaml_text import read_yaml
 
 FEW = 10  # rows below which a category is too small to be a client
 CLIENTS = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from fedgraft import seeds
 from fedgraft.bundle import Bundle
-from fedgraft.data.batches import Batch, collate, encode, round_rows
+from fedgraft.data.batches import Batch, Row, collate, encode, round_rows
 from fedgraft.data.example import Example
+from fedgraft.data.general_text import calibration_texts
 from fedgraft.data.partition import ClientData
 from fedgraft.data.settings import DataSettings
 from fedgraft.grafts.graft import Experts, GraftedModel
+from fedgraft.grafts.side_expert import Mixture
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.training.fit import Fit, GradientHook, NotFiniteError, Penalty, fit
 from fedgraft.training.settings import TrainingSettings
@@ -65,6 +68,12 @@ class Client:
         experts: Any = self.memory.facts.get("experts", [])
         return [list(chosen) for chosen in experts]
 
+    @property
+    def mixture(self) -> Mixture:
+        """What its graft starts as a mean of, per layer; empty for copies."""
+        parts: Any = self.memory.facts.get("mixture", [])
+        return [[(int(expert), float(share)) for expert, share in layer] for layer in parts]
+
     def remember(self, *, trees: Mapping[str, Tree], facts: Mapping[str, Any] | None = None) -> None:
         """Replace the named trees and facts of the memory; the others stay."""
         self.memory = Bundle(trees={**self.memory.trees, **trees}, facts={**self.memory.facts, **(facts or {})})
@@ -85,11 +94,22 @@ class Client:
         return [[collate(step[at : at + part], pad) for at in range(0, len(step), part)] for step in steps]
 
     def calibration(self, batch_size: int = 8) -> Iterator[Batch]:
-        """Batches of its own prompt + response text in a random order of its own, for expert selection."""
-        order = seeds.numpy_rng(self.seed, "calibration", self.name).permutation(self.examples)
-        for start in range(0, len(order), batch_size):
-            rows = [self._row(self.data.train[int(index)]) for index in order[start : start + batch_size]]
-            yield collate(rows, self.model.base.pad_id).to(self.model.base.device)
+        """Batches for expert selection: its own prompt + response text in a random order of its own, or generic text (`selection.text`)."""
+        rows = self._generic_rows() if self.selection.text == "generic" else self._own_rows()
+        while part := list(islice(rows, batch_size)):
+            yield collate(part, self.model.base.pad_id).to(self.model.base.device)
+
+    def _own_rows(self) -> Iterator[Row]:
+        for index in seeds.numpy_rng(self.seed, "calibration", self.name).permutation(self.examples):
+            yield self._row(self.data.train[int(index)])
+
+    def _generic_rows(self) -> Iterator[Row]:
+        """The shipped documents in an order that is the same for every client, cut into rows."""
+        texts, length = calibration_texts(), self.data_settings.max_length
+        for index in seeds.numpy_rng(self.seed, "calibration").permutation(len(texts)):
+            ids = self.model.base.tokenizer(texts[int(index)], add_special_tokens=False, verbose=False)["input_ids"]
+            for start in range(0, len(ids), length):
+                yield Row(ids[start : start + length], start=0)
 
     def fit(
         self,
@@ -127,7 +147,7 @@ class Client:
         except NotFiniteError as error:
             raise NotFiniteError(f"client {self.name!r}, round {round_number + 1}: {error}") from error
 
-    def _row(self, example: Example) -> Any:
+    def _row(self, example: Example) -> Row:
         settings = self.data_settings
         row, cut = encode(example, self.model.base.tokenizer, settings.template, settings.max_length)
         self.truncated += cut

@@ -51,3 +51,8 @@ def _extend(start: int, r: int, score_TE: Tensor, dot_TE: Tensor, gram_TEE: Tens
         cross_TE = cross_TE + score_TE[:, [expert]] * gram_TEE[:, expert].double()
         chosen.append(expert)
     return chosen
+
+
+def share(profile: Profile) -> Tensor:
+    """1 / ||R - O_e||_F^2 [L, E]: how much expert e counts in a mixture, which is the inverse-error weighted mean."""
+    return 1 / profile.error_LE.clamp_min(torch.finfo(torch.float64).tiny)

@@ -1,0 +1,50 @@
+"""The shipped sweeps: every point is a valid recipe, and its data can be drawn."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from fedgraft.data.partition import load_clients
+from fedgraft.recipe import SWEEP_SECTIONS, load_recipe, read_values, shipped
+from fedgraft.sweep.plan import plan
+
+SWEEPS = sorted(path.stem for path in shipped().glob("*.yaml") if set(SWEEP_SECTIONS) & read_values(path)[1].keys())
+
+
+def test_the_full_grids_are_there():
+    assert set(SWEEPS) >= {"dolly_methods", "dolly_dirichlet", "flex_ablations"}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_point_is_a_recipe_with_three_seeds(name):
+    points = plan(name)
+    seeds = Counter()
+    for point in points:
+        assert load_recipe(point.recipe.complete()).complete() == point.recipe.complete()
+        seeds[str(point.recipe.complete() | {"seed": None})] += 1
+    assert set(seeds.values()) == {3}
+    assert {point.recipe.seed for point in points} == {0, 1, 2}
+
+
+def test_ablations_change_one_thing_and_have_readable_names():
+    points = [point for point in plan("flex_ablations") if point.recipe.seed == 0]
+    names = [point.name for point in points]
+    assert names[0] == "flex_seed-0"
+    assert all(name == f"{point.settings['variant']}_seed-0" for name, point in zip(names, points, strict=True))
+    by_name = {point.settings["variant"]: point.recipe for point in points}
+    assert by_name["gate_off"].graft.gate == "off"
+    criteria = {recipe.selection.criterion for recipe in by_name.values() if recipe.method.name == "flex"}
+    assert criteria >= {"reconstruction", "scale_free_reconstruction", "random", "activation_frequency", "gate_mass", "reap"}
+    assert {recipe.graft.per_layer for recipe in by_name.values()} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_data_can_be_drawn(name):
+    drawn = {str((point.recipe.data, point.recipe.seed)): point.recipe for point in plan(name)}
+    for recipe in drawn.values():
+        clients = load_clients(recipe.data, recipe.seed)
+        assert all(client.train and client.test for client in clients)
+        if recipe.data.partition == "dirichlet":
+            assert [len(client.train) for client in clients] == [100] * 10
