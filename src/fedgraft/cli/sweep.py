@@ -22,7 +22,7 @@ def sweep(
     recipe: Annotated[str, typer.Argument(help="A recipe, or a sweep file: a recipe with grid, variants or per_method; or a shipped one.")],
     more: Annotated[list[str] | None, typer.Argument(metavar="[KEY=V1,V2]...", help="Further grids.")] = None,
     grid: Annotated[list[str] | None, typer.Option("--grid", help="key=value,value: every combination is a run. Repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the sweep, new or old [default: runs/sweep-<recipe>].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the sweep, new or old (default: runs/sweep-<recipe>).")] = None,
     jobs: Annotated[int, typer.Option("--jobs", help="Runs at a time, each in a process of its own.")] = 1,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key of all runs: section.key=value. Repeatable.")] = None,
     as_json: AsJson = False,
