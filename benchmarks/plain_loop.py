@@ -28,7 +28,7 @@ from fedgraft.data.batches import Batch
 from fedgraft.grafts.graft import Experts, GraftedModel
 from fedgraft.recipe import load_recipe
 from fedgraft.report.progress import Quiet
-from fedgraft.runner import Session
+from fedgraft.session import Session
 from fedgraft.training.fit import autocast
 from fedgraft.tree import Tree
 

@@ -15,7 +15,7 @@ from fedgraft.evaluation.personal import response_figures
 from fedgraft.methods.method import Method, Prediction, personal_leaves
 from fedgraft.recipe import Recipe, load_recipe
 from fedgraft.report.progress import Progress, Quiet
-from fedgraft.runner import Session
+from fedgraft.session import Session
 from fedgraft.training.client import Client
 from fedgraft.tree import combine, partition
 from fedgraft.trouble import Stand, told

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedgraft.moe.memory import means_out_of_memory
 from fedgraft.report.record import resume_command
 
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|cannot allocate memory", re.IGNORECASE)
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 LOWER = {
@@ -57,7 +56,7 @@ def told(stand: Stand) -> Iterator[None]:
 
 def out_of_memory(error: BaseException, phase: str, client: str) -> str:
     """The message for an error that means too little memory, of the machine or a GPU; "" for any other."""
-    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+    if not means_out_of_memory(error):
         return ""
     who = f" of client {client!r}" if client else ""
     return f"out of memory in {phase}{who} ({_short(error)}): {LOWER[phase]}"

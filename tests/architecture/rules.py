@@ -12,6 +12,7 @@ LAYERS = (
     {"cli"},
     {"rehearsal", "checkup"},
     {"runner", "starter", "sweep"},
+    {"session"},
     {"folders", "origin", "trouble"},
     {"recipe"},
     {"engine", "evaluation", "report", "account"},

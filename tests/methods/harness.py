@@ -15,7 +15,7 @@ from fedgraft.bundle import Bundle
 from fedgraft.recipe import load_recipe
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import write_recipe
-from fedgraft.runner import Session
+from fedgraft.session import Session
 from fedgraft.tree import Tree
 
 ROWS = {"ada": 7, "bo": 12, "cy": 5}

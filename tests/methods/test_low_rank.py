@@ -256,3 +256,9 @@ def test_runs_do_not_depend_on_anything_but_the_seed(start):
     for name in ("flexlora", "flora"):
         assert digest(start(name).go().state) == digest(start(name).go().state)
         assert not any(".own." in key for key in sent_addresses(start(name).go()))
+
+
+@pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora", "fedex_lora"])
+def test_another_merge_in_the_place_of_the_methods_own_is_refused(place, name):
+    with pytest.raises(ValueError, match=rf"federation.merge: 'median' can't be used, since method '{name}' needs its own"):
+        load_recipe(place.recipe(name, federation={"merge": {"rule": "median"}}))

@@ -9,8 +9,9 @@ from fedgraft.address import MIX, as_first, as_own, layer_of, own
 from fedgraft.bundle import Bundle
 from fedgraft.recipe import load_recipe
 from fedgraft.report.progress import Quiet
-from fedgraft.runner import Session, resume
+from fedgraft.runner import resume
 from fedgraft.runner import run as run_recipe
+from fedgraft.session import Session
 from fedgraft.training.personal_rules import distance
 from fedgraft.tree import combine, equal, partition
 from tests.methods.harness import ROWS

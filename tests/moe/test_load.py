@@ -153,3 +153,19 @@ def test_one_changed_weight_is_another_base(broken):
 def test_a_path_that_is_not_there_is_no_hub_name(name):
     with pytest.raises(ValueError, match="no such folder"):
         load(name)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory_while_loading_is_not_taken_for_a_damaged_checkpoint(monkeypatch, error):
+    """The runner knows what to lower; it must see the error itself."""
+    from transformers import AutoModelForCausalLM
+
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", failing)
+    with pytest.raises(RuntimeError) as raised:
+        load_base(ModelSettings())
+    assert raised.value is error

@@ -14,7 +14,8 @@ from torch import Tensor
 from fedgraft.bundle import Bundle
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import Record
-from fedgraft.runner import Stopped, resume, run
+from fedgraft.runner import resume, run
+from fedgraft.session import Stopped
 from fedgraft.training.client import Client
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in Click:DeprecationWarning")

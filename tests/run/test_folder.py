@@ -12,7 +12,8 @@ from fedgraft import files, runner
 from fedgraft.bundle import Bundle
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import Record
-from fedgraft.runner import Stopped, resume, run
+from fedgraft.runner import resume, run
+from fedgraft.session import Session, Stopped
 from tests.run.world import contents
 
 LEAN = {"training": {"steps": 1, "lr": 1e-3, "lr_min": 1e-3}, "evaluation": {"rows": 1, "generate": False, "models": ["personal"]}}
@@ -233,7 +234,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path, name):
 
 
 def test_pretrained_weights_never_change(world, tmp_path):
-    session = runner.Session(runner.load_recipe(world.recipe(**LEAN)), tmp_path / "out", runner.Quiet())
+    session = Session(runner.load_recipe(world.recipe(**LEAN)), tmp_path / "out", runner.Quiet())
     before = session.model.frozen_digest()
     session.folder.mkdir()
     files.write_text(session.folder / "recipe.yaml", yaml.safe_dump({"schema": 1, **session.recipe.complete()}))

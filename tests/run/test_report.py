@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fedgraft import runner
 from fedgraft.report import html
 from fedgraft.report.html import run_page
 from fedgraft.report.record import Record
-from fedgraft.runner import Stopped, run
+from fedgraft.runner import run
+from fedgraft.session import Session, Stopped
 from tests.run.test_folder import QUICK, StopAt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in Click:DeprecationWarning")
@@ -41,7 +41,7 @@ def test_a_run_that_failed_leaves_one_too_and_its_error_is_the_one_told(world, t
     def failing(*_):
         raise ValueError("client 'garden' is broken")
 
-    monkeypatch.setattr(runner.Session, "_round", failing)
+    monkeypatch.setattr(Session, "_round", failing)
     with pytest.raises(ValueError, match="client 'garden' is broken"):
         run(world.recipe(**QUICK), out=tmp_path / "out")
     assert "stopped before its first round" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

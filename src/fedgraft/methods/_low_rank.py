@@ -15,6 +15,9 @@ from fedgraft.tree import Tree
 Ranks: TypeAlias = list[int] | dict[str, int] | None
 """Ranks dealt to the clients in turn, or by client; none: `lora.rank` for all."""
 
+BY_PRODUCT = "needs its own, which takes whole pairs and not the changes of A and B"
+"""Why `federation.merge` cannot take the place of a method's merge."""
+
 
 def ranks_of(ranks: Ranks, surroundings: Surroundings) -> dict[str, int]:
     """The rank of every client.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedgraft.aggregation.low_rank_merges import refactorised, take
-from fedgraft.methods._low_rank import Ranks, absorb_factors, pack_cut, ranks_of
+from fedgraft.methods._low_rank import BY_PRODUCT, Ranks, absorb_factors, pack_cut, ranks_of
 from fedgraft.methods.method import Method, Surroundings
 
 
@@ -22,4 +22,4 @@ def build(ranks: Ranks = None) -> Method:
     def settle(method: Method, surroundings: Surroundings) -> Method:
         return replace(method, pack=pack_cut(ranks_of(ranks, surroundings)), merge=refactorised(surroundings.lora.rank))
 
-    return Method(settle=settle, absorb=absorb_factors, step=take)
+    return Method(settle=settle, needs_mean=BY_PRODUCT, absorb=absorb_factors, step=take)

@@ -13,7 +13,7 @@ from fedgraft.aggregation.low_rank_merges import by_product_norm, cut, padded_me
 from fedgraft.aggregation.merges import by_examples
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
-from fedgraft.methods._low_rank import Ranks, absorb_factors, ranks_of
+from fedgraft.methods._low_rank import BY_PRODUCT, Ranks, absorb_factors, ranks_of
 from fedgraft.methods.method import Method, Surroundings
 from fedgraft.training.client import Client
 from fedgraft.training.fit import Fit
@@ -55,7 +55,7 @@ def build(ranks: Ranks = None, weights: Literal["norm", "examples"] = "norm", de
         return replace(method, pack=pack, merge=padded_mean(surroundings.lora.rank, WEIGHTS[weights]))
 
     local = plain if decay == 1 else pruning(decay, strength)
-    return Method(settle=settle, local=local, absorb=absorb_ranks, step=take)
+    return Method(settle=settle, needs_mean=BY_PRODUCT, local=local, absorb=absorb_ranks, step=take)
 
 
 def pruning(decay: float, strength: float) -> LocalRule:

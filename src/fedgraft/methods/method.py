@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 from fedgraft.address import is_residual, nothing, within
@@ -243,6 +244,11 @@ def settled(method: Method, anatomy: Anatomy, lora: LoraSettings, clients: list[
     """
     shapes = adapter_shapes(anatomy, lora) if "adapters" in method.places else {}
     return method.settle(method, Surroundings(shapes=shapes, lora=lora, clients=clients))
+
+
+def questions(method: Method) -> dict[str, Callable[[Client, Bundle], Bundle]]:
+    """What a client can be asked, by name, but to evaluate."""
+    return {"graft": partial(method.graft, method), "train": partial(method.train, method), "finish": partial(method.finish, method)}
 
 
 side_only = within("side")

@@ -17,7 +17,7 @@ from fedgraft.moe.architecture import Architecture, stray_text_weights
 from fedgraft.moe.checkpoint import inspect_folder
 from fedgraft.moe.family import Anatomy, Family, anatomy_of
 from fedgraft.moe.hub import hub_weights
-from fedgraft.moe.memory import check_room
+from fedgraft.moe.memory import check_room, means_out_of_memory
 from fedgraft.moe.plan import Plan, examine, file_notes
 from fedgraft.moe.quantise import check_plain, quiet_torchao
 from fedgraft.moe.settings import ModelSettings
@@ -156,6 +156,8 @@ def _model(folder: Path, plan: Plan) -> Any:
         with quiet_torchao():
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except RuntimeError as error:  # transformers puts experts stored one by one together
+        if means_out_of_memory(error):
+            raise
         raise ValueError(f"its weights don't make up the model of config.json, one may be missing or of another shape ({error})") from error
     except (OSError, KeyError, ValueError, ImportError) as error:
         raise ValueError(f"cannot be loaded as a causal language model ({error})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,14 @@ from fedgraft.moe.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|cannot allocate memory", re.IGNORECASE)
+
+
+def means_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the machine or a GPU has too little memory."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,237 @@
+"""A run in memory: load, open, rounds, evaluation; every step can be killed and taken up again.
+
+Order of writes in a round: client memories, then the line of `rounds.jsonl`, then the server's state, whose rename commits the round. On
+resume, lines of rounds that were not committed are dropped and clients read the memory version that belongs to the commit. Ctrl-C and
+SIGTERM wait for the end of a commit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedgraft import files, origin
+from fedgraft.account.memory import workload
+from fedgraft.account.take import summary, take_account
+from fedgraft.aggregation import participation
+from fedgraft.aggregation.server import Reply, Server
+from fedgraft.bundle import Bundle
+from fedgraft.data.partition import ClientData, check_rows, load_clients, pooled
+from fedgraft.engine.inprocess import InProcess
+from fedgraft.evaluation.personal import evaluate_client
+from fedgraft.grafts.graft import GraftedModel
+from fedgraft.methods.method import questions, settled
+from fedgraft.moe.load import load_base
+from fedgraft.recipe import Recipe
+from fedgraft.report.html import leave_page
+from fedgraft.report.progress import Progress
+from fedgraft.report.record import Record, write_document
+from fedgraft.signals import deferred
+from fedgraft.training.client import Client, MemoryStore
+from fedgraft.tree import digest_of_digests
+from fedgraft.trouble import Stand
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM (then the cause is `signals.Terminated`) in a run; `folder` can be resumed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.folder = folder
+
+
+class Session:
+    """A run in memory."""
+
+    def __init__(self, recipe: Recipe, folder: Path, progress: Progress, stand: Stand | None = None) -> None:
+        self.recipe, self.folder, self.progress, self.stand = recipe, folder, progress, stand or Stand(folder)
+        self.method = recipe.build_method()
+        self._begin("loading", 2)
+        self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
+        check_rows(self.clients.values(), recipe.evaluation.split)
+        participation.check(recipe.federation, list(self.clients), self.method.merge)
+        self.sites, self.training = self.clients, recipe.training
+        if self.method.pooled:
+            self.sites = pooled(self.clients)
+            self.training = recipe.training.for_pool(recipe.federation.clients_of(len(self.clients)))
+        progress.step(f"data; next the base model {recipe.model.name}")
+        base = load_base(recipe.model)
+        self.method = settled(self.method, base, recipe.lora, list(self.sites))
+        work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
+        self.account = take_account(base, self.method, recipe.lora, recipe.graft, work)
+        self.model = GraftedModel(base, recipe.lora, recipe.graft)
+        progress.step("model")
+        progress.tell(summary(self.account))
+        self.engine = InProcess(
+            questions=questions(self.method) | {"evaluate": partial(evaluate_client, self.method, settings=recipe.evaluation)},
+            open_client=self._open_client,
+            store=MemoryStore(folder / "clients"),
+            on_failure=self._failed,
+        )
+        self.server = Server(
+            clients=list(self.sites),
+            seed=recipe.seed,
+            federation=recipe.federation,
+            lr=recipe.training.lr,
+            lr_min=recipe.training.lr_min,
+            fresh_shared=lambda: self.model.fresh_adapters(recipe.seed),
+            steps=lambda number, client: self.training.steps_of(recipe.seed, number, client),
+        )
+        self.opened = False
+        self.replies: dict[str, dict[str, Any]] = {}
+        self.failures: dict[str, str] = {}
+        self.late: list[str] = []
+
+    def go(self) -> Record:
+        """From wherever the run stands to its end."""
+        try:
+            if not self.opened:
+                self._open()
+            left = range(self.server.round, self.recipe.federation.rounds)
+            if left:
+                self._begin("training", sum(len(self.server.participation(number).asked) for number in left))
+            while self.server.round < self.recipe.federation.rounds:
+                self._round()
+            self._finalize()
+            self._evaluate()
+        except KeyboardInterrupt as stop:
+            raise Stopped(self.folder) from stop
+        finally:
+            self.progress.close()
+            leave_page(self.folder)
+        return Record.load(self.folder)
+
+    def restore(self) -> int:
+        """Take up the committed state, drop what was not committed; returns the finished rounds."""
+        path = self.folder / "state" / "state.safetensors"
+        if not path.exists():
+            return 0
+        state = Bundle.load(path)
+        done, asked = state.facts.get("round"), state.facts.get("asked")
+        if not isinstance(done, int) or not isinstance(asked, int):
+            raise ValueError(f"{path}: damaged (it is not the state of a run); restore it from a copy, or start a new run")
+        self.server.state, self.server.round = state, done
+        self.stand.at = f"round {done} of {self.recipe.federation.rounds}"
+        self.engine.asked = self.engine.committed = asked
+        self.opened = True
+        rounds = self.folder / "rounds.jsonl"
+        kept = [line for line in files.read_lines(rounds) if line["round"] < done]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        if rounds.exists() and rounds.read_bytes() != text.encode():  # also half a line
+            files.write_text(rounds, text)
+        return done
+
+    def environment(self) -> dict[str, Any]:
+        """What the run ran on, and the digests that a resume compares."""
+        return origin.environment(self.model.base, list(self.clients.values()))
+
+    def _begin(self, phase: str, total: int) -> None:
+        self.stand.phase, self.stand.client = phase, ""
+        self.progress.begin(phase, total)
+
+    def _open_client(self, name: str) -> Client:
+        recipe = self.recipe
+        self.stand.client = name
+        title = f"round {self.server.round + 1}  {name}" if self.stand.phase == "training" else name
+        return Client(
+            data=(self.clients | self.sites)[name],
+            model=self.model,
+            seed=recipe.seed,
+            data_settings=recipe.data,
+            training=self.training,
+            selection=recipe.selection,
+            report=partial(self.progress.part, name, title),
+        )
+
+    def _failed(self, client: str, reason: str) -> None:
+        self.failures[client] = reason
+        self.progress.warn(f"{reason}. It sits this round out with the memory it had")
+        self.progress.step(f"round {self.server.round + 1}  {client}  stopped")
+
+    def _ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
+        """The engine's ask; keeps each reply's facts for the record and reports progress."""
+        for reply in self.engine.ask(question, packages):
+            if reply.client in self.late:
+                self.progress.step(f"round {self.server.round + 1}  {reply.client}  too late")
+                continue
+            facts = dict(reply.bundle.facts)
+            self.replies[reply.client] = facts
+            loss = facts.get("loss")
+            note = f"round {self.server.round + 1}  {reply.client}  loss {loss:.3f}" if isinstance(loss, float) else reply.client
+            if "calibration_tokens" in facts:
+                note = f"{reply.client}  {facts['calibration_tokens']:,} calibration tokens (the paper's runs: 262,144)"
+            self.progress.step(note)
+            yield reply
+
+    def _open(self) -> None:
+        if "side" in self.method.places:
+            self._begin("selection", len(self.server.present()))
+        self.method.open(self.method, self.server, self._ask)
+        if self.replies:
+            write_document(self.folder / "selection.json", {"clients": self.replies})
+        self._commit()
+        self.opened = True
+
+    def _round(self) -> None:
+        self.replies, self.failures, began = {}, {}, time.perf_counter()
+        part = self.server.participation(self.server.round)
+        self.late = part.late
+        self.engine.traffic.down = self.engine.traffic.up = 0
+        lr = self.server.round_lr()
+        self.method.round(self.method, self.server, self._ask)
+        self.late = []
+        if self.failures and not self.replies:
+            why = "\n".join(self.failures.values())
+            raise ValueError(f"no client could train in round {self.server.round + 1}:\n{why}\n{self.stand.safe()}")
+        clients = {
+            name: {key: facts[key] for key in ("loss", "tokens", "seconds", "examples", "truncated") if key in facts}
+            for name, facts in self.replies.items()
+        }
+        losses = [facts["loss"] for facts in clients.values() if "loss" in facts]
+        line = {
+            "round": self.server.round,
+            "lr": lr,
+            "loss": sum(losses) / len(losses) if losses else None,
+            "seconds": round(time.perf_counter() - began, 4),
+            "tokens": sum(facts.get("tokens", 0) for facts in clients.values()),
+            "bytes_down": self.engine.traffic.down,
+            "bytes_up": self.engine.traffic.up,
+            "clients": clients,
+            **({"simulated": simulated} if (simulated := part.facts(self.training.least_steps is not None)) else {}),
+            **({"failed": self.failures} if self.failures else {}),
+        }
+        with deferred():
+            files.append_line(self.folder / "rounds.jsonl", line)
+            self.server.round += 1
+            self._commit()
+
+    def _finalize(self) -> None:
+        if self.method.finalize is not None and self.server.state.facts.get("finalized") != self.server.round:
+            self._begin("finishing", len(self.sites))
+            self.method.finalize(self.method, self.server, self._ask)
+            self._commit(finalized=self.server.round)
+
+    def _commit(self, **further: Any) -> None:
+        facts = {**self.server.state.facts, "round": self.server.round, "asked": self.engine.asked, **further}
+        self.server.state = Bundle(trees=self.server.state.trees, facts=facts)
+        self.server.state.save(self.folder / "state" / "state.safetensors")
+        self.engine.committed = self.engine.asked
+        self.stand.at = f"round {self.server.round} of {self.recipe.federation.rounds}"
+
+    def _evaluate(self) -> None:
+        """Measure every client's models, then write results and digests."""
+        self._begin("evaluation", len(self.clients))
+        packages = {client: self.method.pack(self.method, self.server, client) for client in self.clients}
+        asked = self.engine.asked
+        results = {reply.client: reply.bundle.facts["models"] for reply in self._ask("evaluate", packages)}
+        self.engine.asked = asked  # evaluation leaves no trace in memories, so it can be repeated
+        digests = {name: self.engine.store.load(name, asked).digest() for name in self.sites}
+        state = self.server.state.digest()
+        write_document(self.folder / "digest.json", {"state": state, "clients": digests})
+        files.write_text(self.folder / "digest.txt", digest_of_digests([state, *(digests[name] for name in sorted(digests))]) + "\n")
+        split = self.recipe.evaluation.split  # results come last: with them the run is finished
+        write_document(self.folder / "results.json", {"rounds": self.server.round, "split": split, "clients": results})
