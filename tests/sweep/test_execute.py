@@ -13,6 +13,7 @@ import yaml
 from fedgraft import runner
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import Record, read_document
+from fedgraft.session import Stopped
 from fedgraft.signals import Terminated
 from fedgraft.sweep import execute as execute_module
 from fedgraft.sweep.execute import execute
@@ -77,7 +78,7 @@ class Inline:
                 sink.write("loading 1/2\nerror: the dog ate it\n")
                 return Done(2)
             progress = Cutting() if log.stem in self.cut else None
-            with contextlib.suppress(runner.Stopped):
+            with contextlib.suppress(Stopped):
                 if words[0] == "run":
                     runner.run(words[1], out=words[3], progress=progress)
                 else:
