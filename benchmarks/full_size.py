@@ -24,10 +24,10 @@ from typing import Any
 import psutil
 import results
 import torch
+
 from fedgraft.account.forecast import probe_rate
 from fedgraft.account.memory import Workload
 from fedgraft.account.take import take_account
-
 from fedgraft.data.batches import Batch
 from fedgraft.grafts.graft import GraftedModel
 from fedgraft.grafts.lora import LoraSettings

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedgraft.address import everything
 from fedgraft.training.client import Client
-from fedgraft.training.fit import Fit
+from fedgraft.training.fit import Fit, Penalty
 from fedgraft.tree import Predicate, Tree
 
 LocalRule: TypeAlias = Callable[[Client, Mapping[str, Tensor], int, float], Fit]
@@ -27,16 +27,22 @@ def proximal(mu: float, shared: Predicate = everything) -> LocalRule:
 
     def train(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
         """All leaves together, AdamW, with mu/2 ||w - w_g||^2 added to the loss, w_g being the leaves received."""
-        anchor = {key: leaf.to(client.model.base.device) for key, leaf in start.items() if shared(key)}
-
-        def penalty(leaves: Mapping[str, Tensor]) -> Tensor:
-            return mu / 2 * torch.stack([(leaves[key] - leaf).square().sum() for key, leaf in anchor.items()]).sum()
-
+        penalty = distance({key: leaf for key, leaf in start.items() if shared(key)}, mu)
         return client.fit(start, round_number=round_number, lr=lr, penalty=penalty, moments=kept_moments(client))
 
     return train
 
 
-def kept_moments(client: Client) -> dict[str, Tree] | None:
-    """AdamW's state as the client remembers it (`optimizer_state: kept`), None where there is none."""
-    return {name.removeprefix("moments."): tree for name, tree in client.memory.trees.items() if name.startswith("moments.")} or None
+def distance(anchor: Mapping[str, Tensor], strength: float) -> Penalty:
+    """Penalty strength / 2 ||v - anchor||^2 over the trained leaves v that `anchor` names, wherever they lie."""
+
+    def penalty(leaves: Mapping[str, Tensor]) -> Tensor:
+        squares = [(leaf - anchor[key].to(leaf.device)).square().sum() for key, leaf in leaves.items() if key in anchor]
+        return torch.stack([square.to(squares[0].device) for square in squares]).sum() * (strength / 2)
+
+    return penalty
+
+
+def kept_moments(client: Client) -> dict[str, Tree]:
+    """AdamW's state as the client remembers it (`optimizer_state: kept`), of all leaves; `fit` takes what it needs."""
+    return {name.removeprefix("moments."): tree for name, tree in client.memory.trees.items() if name.startswith("moments.")}

@@ -10,8 +10,8 @@ from torch import Tensor
 from fedgraft.address import MIX, as_first, as_own, within
 from fedgraft.training.client import Client
 from fedgraft.training.fit import Fit, Penalty
-from fedgraft.training.local_rules import LocalRule, plain
-from fedgraft.tree import Predicate, Tree, apply_delta, combine, partition, subtract
+from fedgraft.training.local_rules import LocalRule, distance, kept_moments, plain
+from fedgraft.tree import Predicate, apply_delta, combine, partition, subtract
 
 own_leaves = within("own")
 """Predicate: the client's second leaves, and their share."""
@@ -27,7 +27,7 @@ def train(
     penalty: Penalty | None = None,
 ) -> Fit:
     """The round's batches once, as in plain training, beside `fixed` leaves or with an extra loss."""
-    return client.fit(leaves, round_number=round_number, lr=lr, fixed=fixed, penalty=penalty, moments=_moments(client) or None)
+    return client.fit(leaves, round_number=round_number, lr=lr, fixed=fixed, penalty=penalty, moments=kept_moments(client))
 
 
 def around(fixed: Predicate) -> LocalRule:
@@ -131,20 +131,10 @@ def towards(pull: float, rate: float, inner: int) -> LocalRule:
     return run
 
 
-def distance(anchor: Mapping[str, Tensor], strength: float) -> Penalty:
-    """Penalty strength / 2 ||v - anchor||^2 over all trained leaves v."""
-
-    def penalty(leaves: Mapping[str, Tensor]) -> Tensor:
-        squares = [(leaf - anchor[key].to(leaf.device)).square().sum() for key, leaf in leaves.items()]
-        return sum(squares[1:], squares[0]) * (strength / 2)
-
-    return penalty
-
-
 def train_second(client: Client, second: Mapping[str, Tensor], round_number: int, lr: float, penalty: Penalty | None = None) -> Fit:
     """Train second leaves as a model by itself, on the same batches and with the same dropout as the first ones."""
-    kept = {name: as_first(partition(tree, own_leaves)[0]) for name, tree in _moments(client).items()}
-    found = client.fit(as_first(second), round_number=round_number, lr=lr, penalty=penalty, moments=kept or None)
+    kept = {name: as_first(partition(tree, own_leaves)[0]) for name, tree in kept_moments(client).items()}
+    found = client.fit(as_first(second), round_number=round_number, lr=lr, penalty=penalty, moments=kept)
     moments = {name: as_own(tree) for name, tree in found.moments.items()}
     return Fit(tree=as_own(found.tree), loss=found.loss, tokens=found.tokens, seconds=found.seconds, moments=moments)
 
@@ -159,8 +149,3 @@ def joined(main: Fit, *others: Fit, unchanged: Mapping[str, Tensor] | None = Non
         seconds=sum(fit.seconds for fit in fits),
         moments={name: combine(*(fit.moments[name] for fit in fits)) for name in main.moments},
     )
-
-
-def _moments(client: Client) -> dict[str, Tree]:
-    """AdamW's state from the round before, of all leaves; `fit` takes what it needs."""
-    return {name.removeprefix("moments."): tree for name, tree in client.memory.trees.items() if name.startswith("moments.")}
