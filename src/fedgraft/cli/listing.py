@@ -34,7 +34,8 @@ def list_(
         return
     from rich.table import Table as RichTable
 
-    table = RichTable("name", "supported", "note")
+    all_alike = all(row["supported"] for row in rows)
+    table = RichTable("name", *([] if all_alike else ["supported"]), "note")
     for row in rows:
-        table.add_row(row["name"], "yes" if row["supported"] else "not proven", row["reason"])
+        table.add_row(row["name"], *([] if all_alike else ["yes" if row["supported"] else "no"]), row["reason"])
     console().print(table)

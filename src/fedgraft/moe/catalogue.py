@@ -29,17 +29,14 @@ def families() -> list[dict[str, Any]]:
     names = {name for name, architecture in causal.items() if architecture in places or _own_file(name, own)}
     rows = [_row(name, own) for name in names]
     without = sources.keys() - {places[causal[name]] for name in names if causal[name] in places}
-    rows += [
-        {"name": folder, "supported": False, "reason": "transformers has no causal language model of this architecture"}
-        for folder in without
-    ]
+    rows += [{"name": folder, "supported": False, "reason": "no causal language model in transformers"} for folder in without]
     return sorted(rows, key=lambda row: str(row["name"]))
 
 
 def _row(name: str, own: list[str]) -> dict[str, Any]:
     file = _own_file(name, own)
     if file is None:
-        return {"name": name, "supported": True, "reason": "follows the experts contract of transformers"}
+        return {"name": name, "supported": True, "reason": "experts contract of transformers"}
     line = plugins.first_line("family", file)
     return {"name": name, "supported": not line.startswith(UNSUPPORTED), "reason": line.removeprefix(UNSUPPORTED)}
 
