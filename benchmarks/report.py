@@ -56,7 +56,9 @@ def section(title: str, names: tuple[str, ...], text: str, found: dict[str, dict
     first = entries[0]
     rows = ["| name | ratio | min | max | unit | figures |", "|---|---|---|---|---|---|"]
     for item in entries:
-        figures = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in item["figures"].items())
+        figures = ", ".join(
+            f"{name.replace('_', ' ')} {value if isinstance(value, str) else f'{value:,}'}" for name, value in item["figures"].items()
+        )
         rows.append(f"| `{item['name']}` | {item['ratio']:.3f} | {item['min']:.3f} | {item['max']:.3f} | {item['unit']} | {figures} |")
     table = "\n".join(rows)
     where = f"Measured on {first['machine']} (shared), {first['date']}:"
