@@ -18,14 +18,17 @@ def test_the_full_grids_are_there():
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_point_is_a_recipe_with_three_seeds(name):
+def test_every_point_is_a_recipe_and_only_tuning_on_validation_rows_does_with_one_seed(name):
     points = plan(name)
+    wanted = {"test": {0, 1, 2}, "validation": {0}}[points[0].recipe.evaluation.split]
     seeds = Counter()
     for point in points:
         assert load_recipe(point.recipe.complete()).complete() == point.recipe.complete()
         seeds[str(point.recipe.complete() | {"seed": None})] += 1
-    assert set(seeds.values()) == {3}
-    assert {point.recipe.seed for point in points} == {0, 1, 2}
+    assert set(seeds.values()) == {len(wanted)}
+    assert {(point.recipe.seed, point.recipe.evaluation.split) for point in points} == {
+        (seed, points[0].recipe.evaluation.split) for seed in wanted
+    }
 
 
 def test_ablations_change_one_thing_and_have_readable_names():
