@@ -62,6 +62,24 @@ def test_run_as_json_is_one_document_and_silence(command, recipe, tmp_path):
     assert loss["summary"].keys() == {"mean", "std", "worst"}
 
 
+def test_a_setting_is_chosen_by_validation_rows_and_never_by_test_rows(command, world, fedavg, tmp_path):
+    means = {}
+    for lr in (1e-5, 1e-2):
+        sections = {"federation": {"rounds": 1}, "training": {"lr": lr}, "method": {"name": "fedavg"}}
+        tuned = world.recipe(**sections, evaluation={"split": "validation", "generate": False})
+        losses = run(tuned, out=tmp_path / f"lr-{lr}").figures("personal", "loss")
+        means[lr] = sum(losses.values()) / len(losses)
+    best, tried = min(means, key=means.__getitem__), [tmp_path / f"lr-{lr}" for lr in means]
+    done = command("compare", *tried, "--choose", "loss")
+    assert done.code == 0
+    assert f"fedavg: {{training.lr: {best}}}" in done.out
+    document = json.loads(command("compare", *tried, "--choose", "loss", "--json").out)
+    assert (document["split"], document["choices"][0]["settings"]) == ("validation", {"training.lr": best})
+    refused = command("compare", *tried, fedavg.folder, "--choose", "loss")
+    assert (refused.code, refused.out) == (2, "")
+    assert f"{fedavg.folder}: was evaluated on test rows" in refused.err
+
+
 def test_quiet_is_quiet(command, recipe, tmp_path):
     done = command("run", recipe, "--out", tmp_path / "out", "--quiet", *settings())
     assert (done.code, done.err) == (0, "")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedgraft.cli.frame import AsJson, app, console, print_json
-from fedgraft.cli.tables import print_cost, print_over_seeds, print_tables
+from fedgraft.cli.tables import print_choices, print_cost, print_over_seeds, print_tables
 
 if TYPE_CHECKING:
     from fedgraft.report.record import Record
@@ -23,13 +23,23 @@ def compare(
         str | None,
         typer.Option("--baseline", help="Runs that the others are tested against, by their name in the table [default: the first]."),
     ] = None,
+    choose: Annotated[
+        str | None,
+        typer.Option("--choose", help="Instead, print the best setting of each method by this figure, such as loss, of validation rows."),
+    ] = None,
 ) -> None:
     """Compare runs, one table per figure: clients x methods, with mean, deviation and a paired test over runs that differ only in seed."""
     from fedgraft.report.groups import labels
     from fedgraft.report.over_seeds import seed_tables, several_seeds
+    from fedgraft.report.record import check_one_split
     from fedgraft.report.table import compare_tables
 
     records = _records(folders)
+    if choose is not None:
+        _choose(records, choose, as_json)
+        _say_unfinished(folders, len(records))
+        return
+    check_one_split(records)
     if html is not None:
         from fedgraft.report.html import comparison_page, write_page
 
@@ -45,6 +55,25 @@ def compare(
         print_cost(name, record)
     if html is not None:
         console().print(f"page in {html}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _choose(records: list[Record], figure: str, as_json: bool) -> None:
+    from fedgraft.report.choose import SPLIT, choose
+
+    choices = choose(records, figure)
+    if as_json:
+        print_json({"split": SPLIT, "figure": figure, "choices": [choice.as_dict() for choice in choices]})
+        return
+    print_choices(choices, figure)
+
+
+def _say_unfinished(folders: list[Path], finished: int) -> None:
+    from fedgraft.report.record import sweep_runs
+
+    known = sum(len(sweep_runs(folder) or [folder]) for folder in folders)
+    if known > finished:
+        text = f"{known - finished} of {known} runs are not finished and not among the candidates"
+        console(stderr=True).print(text, style="yellow", highlight=False, soft_wrap=True)
 
 
 def comparison(records: list[Record], baseline: str | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedgraft.cli.frame import console
 
 if TYPE_CHECKING:
+    from fedgraft.report.choose import Choice
     from fedgraft.report.over_seeds import SeedTable
     from fedgraft.report.record import Record
     from fedgraft.report.table import Table
@@ -70,6 +71,35 @@ def print_over_seeds(tables: list[SeedTable]) -> None:
         console().print(table.heading, style="bold", highlight=False, soft_wrap=True, markup=False)
         console().print(drawn)
     console().print(EXPLANATION, style="dim", highlight=False, soft_wrap=True)
+
+
+def print_choices(choices: list[Choice], figure: str) -> None:
+    """The best setting of each method, and the same as the section `per_method` of a sweep file."""
+    from rich.table import Table as RichTable
+
+    from fedgraft.report.table import FIGURES
+    from fedgraft.starter.keys import as_yaml
+
+    heading, _, digits = FIGURES[figure]
+    drawn = RichTable("method")
+    drawn.add_column("best setting", overflow="fold")
+    for name in ("value", "next best", "candidates", "seeds"):
+        drawn.add_column(name, justify="right")
+    for choice in choices:
+        settings = "\n".join(f"{key} = {value}{' (edge)' if key in choice.edges else ''}" for key, value in choice.settings.items())
+        following = "-" if choice.runner_up is None else f"{choice.runner_up:.{digits}f}"
+        seeds = ", ".join(map(str, choice.seeds))
+        drawn.add_row(
+            choice.method, settings or "nothing else was tried", f"{choice.value:.{digits}f}", following, str(choice.candidates), seeds
+        )
+    console().print(f"best by {heading}, validation rows", style="bold", highlight=False, soft_wrap=True, markup=False)
+    console().print(drawn)
+    if any(choice.edges for choice in choices):
+        text = "edge: the lowest or highest value that was tried, so a better one may lie beyond; widen the grid"
+        console().print(text, style="yellow", highlight=False, soft_wrap=True)
+    console().print("For a sweep file:", style="bold", highlight=False)
+    lines = ["per_method:", *(f"  {choice.method}: {as_yaml(choice.settings)}" for choice in choices if choice.settings)]
+    console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_cost(name: str, record: Record) -> None:

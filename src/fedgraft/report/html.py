@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from fedgraft import files
 from fedgraft.report import comparison, expert_sections, over_seeds, sections, training_sections
 from fedgraft.report.blocks import Facts, Page
-from fedgraft.report.record import Record
+from fedgraft.report.record import Record, check_one_split
 from fedgraft.report.shaping import shown
 
 if TYPE_CHECKING:
@@ -73,8 +73,9 @@ def comparison_page(records: Sequence[Record], baseline: str | None = None) -> s
     """The page of several runs; `baseline` names the runs that the others are tested against, the first ones without it.
 
     Raises:
-        ValueError: there are no runs of that name.
+        ValueError: there are no runs of that name, or some were evaluated on rows of another split.
     """
+    check_one_split(records)
     methods = list(dict.fromkeys(record.method for record in records))
     clients = sorted({len(record.results) for record in records if record.results})
     items = [

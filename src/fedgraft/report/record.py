@@ -7,6 +7,7 @@ import os
 import shlex
 import statistics
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Record:
     results: dict[str, Any]
     """Client -> model -> figure -> value."""
     digest: str
+    split: str = ""
+    """Which rows the figures are of, as `results.json` says: `validation` or `test`; empty before the end."""
 
     @staticmethod
     def load(folder: Path | str) -> Record:
@@ -54,6 +57,7 @@ class Record:
             selection=read_document(folder / "selection.json").get("clients", {}),
             results=results["clients"] if finished else {},
             digest=files.read_text(folder / "digest.txt").strip() if finished else "",
+            split=str(results.get("split", "")) if finished else "",
         )
 
     @property
@@ -79,6 +83,18 @@ def summary(values: dict[str, float], higher_is_better: bool) -> dict[str, float
         "std": statistics.stdev(numbers) if len(numbers) > 1 else 0.0,
         "worst": min(numbers) if higher_is_better else max(numbers),
     }
+
+
+def check_one_split(records: Sequence[Record]) -> None:
+    """Runs that stand side by side were evaluated on rows of one split, where they say of which.
+
+    Raises:
+        ValueError: on rows of several; names a run of each.
+    """
+    found = {record.split: record.folder for record in records if record.split}
+    if len(found) > 1:
+        told = ", ".join(f"{folder} on {split} rows" for split, folder in sorted(found.items()))
+        raise ValueError(f"evaluated on different rows, so their figures can't be compared: {told}; leave one kind out")
 
 
 def read_document(path: Path) -> dict[str, Any]:
