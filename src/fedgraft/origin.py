@@ -107,7 +107,7 @@ def _digest(clients: Sequence[ClientData]) -> str:
     sums = hashlib.sha256()
     for client in clients:
         for row in (*client.train, *client.validation, *client.test):
-            sums.update(f"{row}\n".encode())
+            sums.update(f"{row}{row.scoring}\n".encode())
     return sums.hexdigest()
 
 

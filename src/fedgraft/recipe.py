@@ -14,6 +14,7 @@ from fedgraft.address import everything
 from fedgraft.aggregation.merges import MEANS
 from fedgraft.aggregation.settings import FederationSettings
 from fedgraft.data.settings import DataSettings
+from fedgraft.evaluation.cross import check_cross
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.grafts.lora import LoraSettings
 from fedgraft.grafts.side_expert import GraftSettings
@@ -89,6 +90,7 @@ class Recipe(Section):
             if getattr(self.federation, key) != FederationSettings.model_fields[key].default:
                 raise ValueError(f"federation.{key}: method {self.method.name!r} pools the rows, so no client can be missing; remove it")
         plugins.load("dataset", self.data.dataset)
+        check_cross(self.evaluation, self.engine.name)
         if "selection" in method.sections:
             plugins.load("criterion", self.selection.criterion)
         for target in sorted(method.targets - set(self.lora.targets)):

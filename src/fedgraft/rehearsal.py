@@ -11,7 +11,7 @@ from typing import Any
 from fedgraft import folders
 from fedgraft.account.rows import Rows, look_at_rows
 from fedgraft.bundle import Bundle
-from fedgraft.evaluation.personal import response_figures
+from fedgraft.evaluation.response import response_figures
 from fedgraft.methods.method import Method, Prediction, personal_leaves
 from fedgraft.recipe import Recipe, load_recipe
 from fedgraft.report.progress import Progress, Quiet

@@ -22,7 +22,8 @@ from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
 from fedgraft.data.partition import ClientData, check_rows, load_clients, pooled
 from fedgraft.engine.inprocess import InProcess
-from fedgraft.evaluation.personal import evaluate_client
+from fedgraft.evaluation.gather import evaluation_questions, gather, replies
+from fedgraft.evaluation.unseen import held_out
 from fedgraft.grafts.graft import GraftedModel
 from fedgraft.methods.method import questions, settled
 from fedgraft.moe.load import load_base
@@ -30,6 +31,7 @@ from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
 from fedgraft.report.progress import Progress
 from fedgraft.report.record import Record, write_document
+from fedgraft.report.summary import summarise
 from fedgraft.signals import deferred
 from fedgraft.training.client import Client, MemoryStore
 from fedgraft.tree import digest_of_digests
@@ -53,6 +55,8 @@ class Session:
         self._begin("loading", 2)
         self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
         check_rows(self.clients.values(), recipe.evaluation.split)
+        self.unseen = held_out(recipe.evaluation.unseen, self.clients, self.method, recipe.seed)
+        self.clients = {name: data for name, data in self.clients.items() if name not in self.unseen}
         participation.check(recipe.federation, list(self.clients), self.method.merge)
         self.sites, self.training = self.clients, recipe.training
         if self.method.pooled:
@@ -60,14 +64,14 @@ class Session:
             self.training = recipe.training.for_pool(recipe.federation.clients_of(len(self.clients)))
         progress.step(f"data; next the base model {recipe.model.name}")
         base = load_base(recipe.model)
-        self.method = settled(self.method, base, recipe.lora, list(self.sites))
+        self.method = settled(self.method, base, recipe.lora, [*self.sites, *self.unseen])
         work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
         self.account = take_account(base, self.method, recipe.lora, recipe.graft, work)
         self.model = GraftedModel(base, recipe.lora, recipe.graft)
         progress.step("model")
         progress.tell(summary(self.account))
         self.engine = InProcess(
-            questions=questions(self.method) | {"evaluate": partial(evaluate_client, self.method, settings=recipe.evaluation)},
+            questions=questions(self.method) | evaluation_questions(self.method, recipe.evaluation, folder / "evaluation"),
             open_client=self._open_client,
             store=MemoryStore(folder / "clients"),
             on_failure=self._failed,
@@ -127,7 +131,7 @@ class Session:
 
     def environment(self) -> dict[str, Any]:
         """What the run ran on, and the digests that a resume compares."""
-        return origin.environment(self.model.base, list(self.clients.values()))
+        return origin.environment(self.model.base, [*self.clients.values(), *self.unseen.values()])
 
     def _begin(self, phase: str, total: int) -> None:
         self.stand.phase, self.stand.client = phase, ""
@@ -136,13 +140,15 @@ class Session:
     def _open_client(self, name: str) -> Client:
         recipe = self.recipe
         self.stand.client = name
+        data = (self.clients | self.sites | self.unseen)[name]
+        shown = {"loading": True, "evaluation": recipe.evaluation.split == "test"}.get(self.stand.phase, False)
         title = f"round {self.server.round + 1}  {name}" if self.stand.phase == "training" else name
         return Client(
-            data=(self.clients | self.sites)[name],
+            data=data if shown else data.sealed(),
             model=self.model,
             seed=recipe.seed,
             data_settings=recipe.data,
-            training=self.training,
+            training=recipe.training if name in self.unseen else self.training,
             selection=recipe.selection,
             report=partial(self.progress.part, name, title),
         )
@@ -224,14 +230,15 @@ class Session:
 
     def _evaluate(self) -> None:
         """Measure every client's models, then write results and digests."""
-        self._begin("evaluation", len(self.clients))
-        packages = {client: self.method.pack(self.method, self.server, client) for client in self.clients}
+        settings = self.recipe.evaluation
+        self._begin("evaluation", replies(len(self.clients), len(self.unseen), settings))
         asked = self.engine.asked
-        results = {reply.client: reply.bundle.facts["models"] for reply in self._ask("evaluate", packages)}
+        results = gather(self.method, self.server, self._ask, list(self.clients), list(self.unseen), settings)
         self.engine.asked = asked  # evaluation leaves no trace in memories, so it can be repeated
         digests = {name: self.engine.store.load(name, asked).digest() for name in self.sites}
         state = self.server.state.digest()
         write_document(self.folder / "digest.json", {"state": state, "clients": digests})
         files.write_text(self.folder / "digest.txt", digest_of_digests([state, *(digests[name] for name in sorted(digests))]) + "\n")
-        split = self.recipe.evaluation.split  # results come last: with them the run is finished
-        write_document(self.folder / "results.json", {"rounds": self.server.round, "split": split, "clients": results})
+        summary = summarise(results["clients"], self.recipe.seed, settings.resamples)
+        results = {"rounds": self.server.round, **results, "summary": summary}
+        write_document(self.folder / "results.json", results)  # comes last: with it the run is finished

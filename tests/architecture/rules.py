@@ -19,7 +19,7 @@ LAYERS = (
     {"methods"},
     {"training", "aggregation", "selection"},
     {"grafts", "moe", "data"},
-    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals", "words", "yaml_text"},
+    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals", "words", "yaml_text", "intervals"},
 )
 BESIDE = {
     "grafts": {"moe"},

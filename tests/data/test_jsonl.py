@@ -6,6 +6,7 @@ import pytest
 
 from fedgraft.data.datasets import jsonl
 from fedgraft.data.example import SPLITS, Example
+from fedgraft.data.scoring import same_answer
 
 
 def write(path, *rows):
@@ -114,6 +115,52 @@ def test_row_errors_name_file_and_line(tmp_path, row, message):
     with pytest.raises(ValueError, match=message) as caught:
         jsonl.load("train", str(path))
     assert str(path) in str(caught.value)
+
+
+def test_rows_say_how_their_answers_are_judged(tmp_path):
+    """And where they say nothing, a row reads (and is digested) as one that cannot say it."""
+    rows = [
+        {"prompt": "2 + 2?", "response": "4 ", "choices": ["3", " 4", "5"]},
+        {"prompt": "Capital of France?", "response": "Paris", "metric": "exact_match"},
+        {"prompt": "Hello?", "response": "Hi", "metric": "rougeL"},
+    ]
+    chosen, exact, free = jsonl.load("train", str(write(tmp_path / "train.jsonl", *rows)))
+    assert (chosen.choices, chosen.exact) == (("3", "4", "5"), False)
+    assert (exact.choices, exact.exact) == ((), True)
+    assert (free.choices, free.exact, free.scoring) == ((), False, "")
+    assert len({chosen.scoring, exact.scoring, free.scoring}) == 3
+    assert "choices" not in repr(free)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"choices": ["A"]}, "line 1: field 'choices' must be a list of at least two answers"),
+        ({"choices": "A or B"}, "line 1: field 'choices' must be a list of at least two answers"),
+        ({"choices": ["B", "C"]}, "line 1: field 'choices' must hold the response 'A' once; it holds 'B', 'C'"),
+        ({"choices": ["A", "A"]}, "line 1: field 'choices' must hold the response 'A' once"),
+        ({"choices": ["A", 2]}, "line 1: field 'choices' must be text, got int"),
+        ({"metric": "bleu"}, "line 1: unknown metric 'bleu'; there are rougeL, exact_match"),
+    ],
+)
+def test_errors_of_how_answers_are_judged(tmp_path, field, message):
+    with pytest.raises(ValueError, match=message):
+        jsonl.load("train", str(write(tmp_path / "train.jsonl", {"prompt": "Q", "response": "A", **field})))
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "same"),
+    [
+        ("Paris.", "paris", True),
+        ("  New\n York ", "new york", True),
+        ('"42"', "42", True),
+        ("Paris, France", "Paris", False),
+        ("", "Paris", False),
+        ("-3", "3", False),
+    ],
+)
+def test_answers_are_the_same_but_for_case_space_and_punctuation_around_them(answer, response, same):
+    assert same_answer(answer, response) is same
 
 
 def test_wrong_encoding_names_the_line(tmp_path):

@@ -12,8 +12,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from fedgraft import seeds
 from fedgraft.bundle import Bundle
 from fedgraft.data.batches import encode, prompt_ids
-from fedgraft.evaluation import personal
-from fedgraft.evaluation.personal import evaluate_client, generate, response_figures, rouge_l
+from fedgraft.evaluation import answers
+from fedgraft.evaluation.answers import answer_scores, generate
+from fedgraft.evaluation.personal import evaluate_client, measure
+from fedgraft.evaluation.response import response_figures
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.grafts.graft import GraftedModel
 from fedgraft.grafts.lora import LoraSettings
@@ -161,12 +163,17 @@ def test_an_answer_ends_at_the_end_token(client, monkeypatch):
 
 def test_rouge_is_rouge_score_of_the_answers(client, prediction, monkeypatch):
     rows = client.data.test[:3]
-    answers = ["Birches, ember", "nothing of it", rows[2].response]
-    monkeypatch.setattr(personal, "generate", lambda *_: answers)
+    given = ["Birches, ember", "nothing of it", rows[2].response]
+    monkeypatch.setattr(answers, "generate", lambda *_: given)
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    wanted = [scorer.score(row.response, answer)["rougeL"].fmeasure for row, answer in zip(rows, answers, strict=True)]
+    wanted = [scorer.score(row.response, answer)["rougeL"].fmeasure for row, answer in zip(rows, given, strict=True)]
     assert wanted[2] == 1.0
-    assert rouge_l(client, prediction, rows, EvaluationSettings()) == pytest.approx(100 * sum(wanted) / 3, rel=1e-12)
+    scores = answer_scores(client, prediction, rows, EvaluationSettings())
+    assert scores["rougeL"] == pytest.approx([100 * score for score in wanted], rel=1e-12)
+    assert scores["exact_match"] == [None] * 3, "no row asks for it, nor does its dataset"
+    figures, lines = measure(client, {"base": BASE}, rows, EvaluationSettings(batch_size=2, knowledge_tokens=0))
+    assert figures["base"]["rougeL"] == pytest.approx(100 * sum(wanted) / 3, rel=1e-12)
+    assert [line["rougeL"] for line in lines] == scores["rougeL"]
 
 
 @dataclass(frozen=True)

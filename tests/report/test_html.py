@@ -112,7 +112,8 @@ def test_a_finished_run_is_told_from_the_record(make):
     assert loss["client-01"] == ["3.510", "3.010"]
     assert loss["mean"] == ["3.510", "3.010"]
     assert loss["worst"] == ["3.520", "3.020"]
-    assert set(loss) == {"client", *record.results, "mean", "std", "worst"}
+    assert loss["gain over base"] == ["–", "0.500"]
+    assert set(loss) == {"client", *record.results, "mean", "std", "worst", "gain over base"}
     assert _table(root, "Training loss per round and client")["2"][0] == "2.990"
     assert _table(root, "Learning rate")["3"] == ["0.001"]
     chosen = _table(root, "Chosen expert per client and MoE layer")

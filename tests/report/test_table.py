@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,25 @@ def test_a_run_has_a_table_per_measured_figure():
     assert loss.summary["std"]["personal"] == pytest.approx(0.5**0.5)
     assert loss.summary["worst"]["personal"] == 2.0
     assert accuracy.summary["worst"]["personal"] == pytest.approx(0.8)
+
+
+def test_gains_are_told_over_the_base_and_over_local_training():
+    """Of clients that both have; a higher accuracy is a gain and so is a lower loss."""
+    loss, accuracy = run_tables(FLEX)
+    assert loss.summary["gain over base"] == {"trained": 0.5, "personal": 2.0}
+    assert accuracy.summary["gain over base"]["personal"] == pytest.approx(0.2)
+    local = record("local", "runs/l", ada={"personal": 1.5})
+    loss = compare_tables([FLEX, FEDAVG, local])[0]
+    assert loss.summary["gain over base"] == {"flex": 2.0, "fedavg": 1.0, "local": 1.5}
+    assert loss.summary["gain over local"] == {"base": -1.5, "flex": 0.5, "fedavg": -0.5}
+
+
+def test_a_run_says_how_far_its_mean_would_move_with_other_rows():
+    summary = {"personal": {"loss": {"interval_rows": [1.25, 1.75]}}, "base": {"loss": {"interval_rows": None}}}
+    loss = run_tables(replace(FLEX, further={"summary": summary}))[0]
+    assert loss.summary["mean, 95 % from"] == {"personal": 1.25}
+    assert loss.summary["mean, 95 % to"] == {"personal": 1.75}
+    assert "mean, 95 % from" not in run_tables(FLEX)[0].summary
 
 
 def test_models_come_in_the_order_of_their_meaning():

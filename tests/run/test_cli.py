@@ -59,7 +59,7 @@ def test_run_as_json_is_one_document_and_silence(command, recipe, tmp_path):
     loss = next(table for table in document["tables"] if table["figure"] == "loss")
     assert loss["columns"] == ["base", "trained", "personal"]
     assert loss["clients"]["garden"]["personal"] == record.results["garden"]["personal"]["loss"]
-    assert loss["summary"].keys() == {"mean", "std", "worst"}
+    assert loss["summary"].keys() == {"mean", "std", "worst", "gain over base"}
 
 
 def test_a_setting_is_chosen_by_validation_rows_and_never_by_test_rows(command, world, fedavg, tmp_path):

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedgraft import files, runner, session
 from fedgraft.bundle import Bundle
-from fedgraft.evaluation import personal
+from fedgraft.evaluation import response
 from fedgraft.runner import run
 from fedgraft.training import client as client_module
 from fedgraft.training import fit as fit_module
@@ -353,7 +353,7 @@ MEMORY_ERRORS = [
         (session, "load_base", "loading (", "set model.dtype: bfloat16"),
         (client_module, "collate", "selection of client 'bakery' (", "lower selection.tokens"),
         (fit_module, "_step", "training of client 'bakery' (", "raise training.accumulation up to training.batch_size"),
-        (personal, "batches_in_order", "evaluation of client 'bakery' (", "lower evaluation.batch_size"),
+        (response, "batches_in_order", "evaluation of client 'bakery' (", "lower evaluation.batch_size"),
     ],
 )
 def test_out_of_memory(world, command, tmp_path, monkeypatch, error, module, function, where, lower):

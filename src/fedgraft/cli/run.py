@@ -55,9 +55,9 @@ def resume(
 
 
 def _show_run(record: Record, as_json: bool) -> None:
-    from fedgraft.report.table import cost, run_tables
+    from fedgraft.report.table import cost, further_tables, run_tables
 
-    tables = run_tables(record)
+    tables = [*run_tables(record), *further_tables(record)]
     if as_json:
         print_json(
             {

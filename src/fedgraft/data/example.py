@@ -7,7 +7,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ class Example:
     context: str
     response: str
     turns: tuple[tuple[str, str], ...] = ()
+    choices: tuple[str, ...] = field(default=(), repr=False)
+    """Answers to choose from, the response among them; empty where the answer is free."""
+    exact: bool = field(default=False, repr=False)
+    """Whether an answer is right only when it is the response."""
+
+    @property
+    def scoring(self) -> str:
+        """How answers are judged where that is the row's own affair; empty where it has nothing to say."""
+        return f"{self.choices} {self.exact}" if self.choices or self.exact else ""
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -39,6 +39,10 @@ class ClientData:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+
+    def sealed(self) -> ClientData:
+        """The same without its test rows, for all that must not depend on them."""
+        return replace(self, test=[])
 
 
 def load_clients(settings: DataSettings, seed: int) -> list[ClientData]:

@@ -2,132 +2,133 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from fedgraft import files, seeds
 from fedgraft.bundle import Bundle
-from fedgraft.data.batches import batches_in_order, encode_all, prompt_ids
 from fedgraft.data.example import Example
-from fedgraft.data.templates import end_id
+from fedgraft.evaluation.answers import RowScores, answer_scores, choice_scores
+from fedgraft.evaluation.experts import expert_figures
 from fedgraft.evaluation.knowledge import general_loss
+from fedgraft.evaluation.response import RowSums, response_sums
 from fedgraft.evaluation.settings import EvaluationSettings
+from fedgraft.intervals import bootstrap
 from fedgraft.methods.method import Method, Prediction
 from fedgraft.training.client import Client
-from fedgraft.training.fit import autocast
+
+Line: TypeAlias = dict[str, Any]
+"""One model on one row: `row` (its id), `model`, `tokens`, `nats` and `right` of the response, and the scores of its answer."""
+Keep: TypeAlias = Callable[[str, list[Line]], None]
+"""Keeps the lines of a client where the client is: they never travel."""
 
 
-def evaluate_client(method: Method, client: Client, package: Bundle, settings: EvaluationSettings) -> Bundle:
-    """Measure the wanted models of one client; the reply holds figures only."""
-    models = {name: model for name, model in method.answer(method, client, package).items() if name in settings.models}
-    rows = getattr(client.data, settings.split)[: settings.rows]
-    results: dict[str, Any] = {}
+MOST_LINES = 40_000
+"""Lines of a client that are kept, about 5 MB: 10,000 rows of four models."""
+
+
+def kept_in(folder: Path) -> Keep:
+    """Into `<folder>/<client>.jsonl`, a line per model and row, the first `MOST_LINES`."""
+
+    def keep(client: str, lines: list[Line]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[:MOST_LINES])
+        files.write_text(folder / f"{client}.jsonl", text)
+
+    return keep
+
+
+def nowhere(client: str, lines: list[Line]) -> None:
+    """Rows are not kept."""
+
+
+def evaluate_client(method: Method, client: Client, package: Bundle, settings: EvaluationSettings, keep: Keep = nowhere) -> Bundle:
+    """Measure the wanted models of one client; the reply holds figures only, what its rows gave goes to `keep`."""
+    models = method.answer(method, client, package)
+    rows = evaluation_rows(client, settings)
+    results, lines = measure(client, wanted_models(models, settings), rows, settings)
+    keep(client.name, lines)
+    experts = {"experts": expert_figures(client, models["personal"], rows)} if settings.experts else {}
+    return Bundle(facts={"models": results, **experts})
+
+
+def wanted_models(models: Mapping[str, Prediction], settings: EvaluationSettings) -> dict[str, Prediction]:
+    """Those of a client's models that are to be measured."""
+    wanted: tuple[str, ...] = settings.models
+    return {name: model for name, model in models.items() if name in wanted}
+
+
+def evaluation_rows(client: Client, settings: EvaluationSettings) -> list[Example]:
+    """The client's rows of the chosen split; no others are looked at."""
+    rows: list[Example] = getattr(client.data, settings.split)[: settings.rows]
+    return rows
+
+
+def measure(
+    client: Client, models: Mapping[str, Prediction], rows: Sequence[Example], settings: EvaluationSettings
+) -> tuple[dict[str, dict[str, Any]], list[Line]]:
+    """Model -> figure -> value, with bootstrap intervals over the rows under `interval`; and what every row gave.
+
+    Figures are those of `response_sums`, of `answer_scores` and `choice_scores` where measured, `general_loss`, and `gain`: by how much the
+    loss is below that of the base on the same rows.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    lines: list[Line] = []
+    base: RowSums | None = None
     for done, (name, model) in enumerate(models.items()):
         client.report(done, len(models), note=f"model {name}")
-        figures = response_figures(client, model, rows, settings.batch_size)
-        if settings.generate and name in settings.generate_models:
-            figures["rougeL"] = rouge_l(client, model, rows[: settings.generate_rows], settings)
+        figures, sums = response_sums(client, model, rows, settings.batch_size)
+        base = sums if name == "base" else base
+        scores = _scores(client, name, model, rows, settings)
+        figures |= {figure: float(np.mean(known)) for figure, values in scores.items() if (known := _known(values))}
+        if base is not None and name != "base":
+            figures["gain"] = base.loss - sums.loss
         if settings.knowledge_tokens and name in settings.knowledge_models:
             with client.model.using(model.tree, model.experts):
                 figures["general_loss"] = general_loss(client.model.base, settings.knowledge_tokens, client.training.precision)
-        results[name] = figures
-    return Bundle(facts={"models": results})
+        results[name] = {**figures, "interval": _intervals(client, settings, sums, scores, None if name == "base" else base)}
+        lines += _lines(name, rows, sums, scores)
+    return results, lines
 
 
-@torch.no_grad()
-def response_figures(client: Client, model: Prediction, examples: Sequence[Example], batch_size: int) -> dict[str, Any]:
-    """Teacher-forced figures over the response tokens of `examples`.
+def _scores(client: Client, name: str, model: Prediction, rows: Sequence[Example], settings: EvaluationSettings) -> RowScores:
+    scores = choice_scores(client, model, rows, settings.batch_size)
+    if settings.generate and name in settings.generate_models:
+        scores |= answer_scores(client, model, rows[: settings.generate_rows], settings)
+    return scores
 
-    Returns:
-        loss (nats per response token), perplexity, token_accuracy in [0, 1], rows, truncated rows, response_tokens; for a model with grafts
-        also gate_mean [L][r], the mean of sigmoid(g.x) over all tokens of the rows, prompts included.
-    """
-    base, gates = client.model.base, _Gates()
-    rows, truncated = encode_all(list(examples), base.tokenizer, client.data_settings)
-    nll, right, tokens = 0.0, 0, 0
-    watching = client.model.watching_gates(gates.see) if model.experts else nullcontext()
-    with client.model.using(model.tree, model.experts), watching:
-        for _, cpu_batch in batches_in_order(rows, batch_size, base.pad_id):
-            batch = cpu_batch.to(base.device)
-            gates.expect(batch.mask != 0)
-            with autocast(client.training.precision, base.device), base.logits_at(batch.predicting):
-                logits = base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-            sums = _response_sums(logits.float(), batch.targets)
-            nll, right, tokens = nll + sums[0], right + int(sums[1]), tokens + int(sums[2])
-    loss = nll / max(1, tokens)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "token_accuracy": right / max(1, tokens),
-        "rows": len(rows),
-        "truncated": truncated,
-        "response_tokens": tokens,
-        **({"gate_mean": means} if (means := gates.means()) else {}),
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _intervals(
+    client: Client, settings: EvaluationSettings, sums: RowSums, scores: RowScores, base: RowSums | None
+) -> dict[str, tuple[float, float]]:
+    """Figure -> its interval, for those that have enough rows; a figure draws the same rows for all models of a client."""
+    ratios: dict[str, tuple[NDArray[np.float64] | list[float], NDArray[np.float64] | None]] = {
+        "loss": (sums.nats, sums.tokens),
+        "token_accuracy": (sums.right, sums.tokens),
+        **({"gain": (base.nats - sums.nats, sums.tokens)} if base is not None else {}),
+        **{figure: (_known(values), None) for figure, values in scores.items()},
     }
+    found = {}
+    for figure, (above, below) in ratios.items():
+        rng = seeds.numpy_rng(client.seed, "bootstrap", client.name, figure)
+        interval = bootstrap(above, below, rng, settings.resamples)
+        if interval is not None:
+            found[figure] = interval
+    return found
 
 
-class _Gates:
-    """Running means of the gates over the tokens that are no padding."""
-
-    def __init__(self) -> None:
-        self.sums: dict[tuple[int, int], Tensor | float] = {}
-        self.real, self.tokens = torch.zeros(0, dtype=torch.bool), 0
-
-    def expect(self, real: Tensor) -> None:
-        """The next forward sees these tokens, [B, T] bool."""
-        self.real, self.tokens = real.flatten(), self.tokens + int(real.sum())
-
-    def see(self, layer: int, number: int, gate: Tensor) -> None:
-        """Gate values [B x T] of one graft in that forward."""
-        self.sums[layer, number] = self.sums.get((layer, number), 0.0) + gate[self.real].double().sum()
-
-    def means(self) -> list[list[float]]:
-        """[L][r], layers with a graft in their order; empty without any."""
-        means = {place: float(total) / max(1, self.tokens) for place, total in sorted(self.sums.items())}
-        return [[mean for (at, _), mean in means.items() if at == layer] for layer in dict.fromkeys(layer for layer, _ in means)]
-
-
-def _response_sums(logits: Tensor, targets: Tensor) -> tuple[float, float, float]:
-    """(summed nats, correct tokens, tokens) for logits [N, V] and targets [N]."""
-    nll = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    return float(nll), float((logits.argmax(-1) == targets).sum()), float(targets.numel())
-
-
-@torch.no_grad()
-def rouge_l(client: Client, model: Prediction, examples: Sequence[Example], settings: EvaluationSettings) -> float:
-    """Mean ROUGE-L F1 (rouge-score, stemmer) of greedy answers, in percent."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    answers = generate(client, model, examples, settings)
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [scorer.score(example.response, answer)["rougeL"].fmeasure for example, answer in zip(examples, answers, strict=True)]
-    return float(100 * sum(scores) / max(1, len(scores)))
-
-
-@torch.no_grad()
-def generate(client: Client, model: Prediction, examples: Sequence[Example], settings: EvaluationSettings) -> list[str]:
-    """Greedy answers with a KV cache, batched; prompts are padded on the left."""
-    base, data = client.model.base, client.data_settings
-    prompts = [prompt_ids(example, base.tokenizer, data.template, data.max_length) for example in examples]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": settings.max_new_tokens}
-    options |= {"pad_token_id": base.pad_id, "eos_token_id": end_id(base.tokenizer, data.template)}
-    answers = [""] * len(prompts)
-    with client.model.using(model.tree, model.experts):
-        for start in range(0, len(order), settings.batch_size):
-            chosen = order[start : start + settings.batch_size]
-            width = max(len(prompts[index]) for index in chosen)
-            ids = torch.full((len(chosen), width), base.pad_id)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(chosen):
-                ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-                mask[row, width - len(prompts[index]) :] = 1
-            with autocast(client.training.precision, base.device):
-                output: Any = base.model.generate(ids.to(base.device), attention_mask=mask.to(base.device), **options)
-            for row, index in enumerate(chosen):
-                answers[index] = str(base.tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
-    return answers
+def _lines(name: str, rows: Sequence[Example], sums: RowSums, scores: RowScores) -> list[Line]:
+    lines = []
+    for at, row in enumerate(rows):
+        judged = {figure: values[at] for figure, values in scores.items() if at < len(values) and values[at] is not None}
+        tokens = {"tokens": int(sums.tokens[at]), "nats": float(sums.nats[at]), "right": int(sums.right[at])}
+        lines.append({"row": row.id, "model": name, **tokens, **judged})
+    return lines

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, model_validator
 
 from fedgraft.settings import Section
+
+
+class UnseenSettings(Section):
+    """Clients that the federation never asks; afterwards they receive the shared leaves and adapt them to some of their rows."""
+
+    clients: NonNegativeInt | list[str] = 0
+    """How many, drawn by the seed, or which."""
+    rows: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 10, 30, 100)
+    """Training rows that they adapt with, each number by itself; 0: the shared leaves as they are."""
+    rounds: int = Field(default=5, ge=1)
+    """Rounds' worth of local steps with these rows, at `training.lr`."""
+
+    @model_validator(mode="after")
+    def _no_number_twice(self) -> Self:
+        if len(set(self.rows)) < len(self.rows):
+            raise ValueError(f"rows names a number twice: {list(self.rows)}")
+        return self
 
 
 class EvaluationSettings(Section):
@@ -21,7 +38,7 @@ class EvaluationSettings(Section):
     batch_size: int = Field(default=16, ge=1)
     """Rows per forward."""
     generate: bool = True
-    """Also generate answers greedily and score ROUGE-L."""
+    """Also generate answers greedily and score ROUGE-L, and exact matches where dataset or row asks for them."""
     generate_rows: int = Field(default=25, ge=1)
     """Rows per client to generate for."""
     max_new_tokens: int = Field(default=256, ge=1)
@@ -32,3 +49,12 @@ class EvaluationSettings(Section):
     """Tokens of held-out general text for the perplexity that shows what knowledge was kept; 0 leaves it out."""
     knowledge_models: tuple[Literal["base", "shared", "trained", "personal"], ...] = ("base", "personal")
     """Models whose general perplexity is measured."""
+    resamples: int = Field(default=1000, ge=0)
+    """Bootstrap resamples behind each 95 % interval; 0: no intervals."""
+    experts: bool = True
+    """Also measure what gates, grafts and routers do on the first rows (at most 64), beside the untouched base."""
+    cross: bool = False
+    """Also measure every client's personal model on every other client's rows. Personal leaves are lent for that, so clients must run in
+    this process."""
+    unseen: UnseenSettings = UnseenSettings()
+    """Clients held out of the federation, by number or name, that adapt the shared leaves to 0, 10, ... of their own training rows."""

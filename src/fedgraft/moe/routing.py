@@ -12,8 +12,8 @@ from fedgraft.moe.site import Routed, Site
 
 
 @contextmanager
-def watching(sites: Sequence[Site], see: Callable[[Site, Routed], None]) -> Iterator[None]:
-    """Call `see(site, routed)` for every MoE layer of every forward inside the block."""
+def watching(sites: Sequence[Site], see: Callable[[Site, Routed], None], grafted: bool = False) -> Iterator[None]:
+    """Call `see(site, routed)` for every MoE layer of every forward inside the block; `grafted`: y with what grafts have added to it."""
 
     def hook_for(site: Site) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -21,7 +21,7 @@ def watching(sites: Sequence[Site], see: Callable[[Site, Routed], None]) -> Iter
 
         return hook
 
-    handles = [site.hooked.register_forward_hook(hook_for(site), with_kwargs=True, prepend=True) for site in sites]
+    handles = [site.hooked.register_forward_hook(hook_for(site), with_kwargs=True, prepend=not grafted) for site in sites]
     try:
         yield
     finally:

@@ -7,8 +7,8 @@ import os
 import shlex
 import statistics
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from fedgraft import files
 
 SCHEMA = 1
 SWEEP = "sweep.json"
+FURTHER = ("summary", "experts", "unseen", "cross")
 QUOTE = shlex.quote if os.name == "posix" else lambda word: subprocess.list2cmdline([word])  # as the shell at hand reads it
 
 
@@ -34,6 +35,8 @@ class Record:
     results: dict[str, Any]
     """Client -> model -> figure -> value."""
     digest: str
+    further: dict[str, Any] = field(default_factory=dict)
+    """The other parts of `results.json`, where measured: `summary`, `experts`, `unseen`, `cross`."""
     split: str = ""
     """Which rows the figures are of, as `results.json` says: `validation` or `test`; empty before the end."""
 
@@ -57,6 +60,7 @@ class Record:
             selection=read_document(folder / "selection.json").get("clients", {}),
             results=results["clients"] if finished else {},
             digest=files.read_text(folder / "digest.txt").strip() if finished else "",
+            further={part: results[part] for part in FURTHER if part in results} if finished else {},
             split=str(results.get("split", "")) if finished else "",
         )
 
@@ -76,13 +80,25 @@ class Record:
 
 
 def summary(values: dict[str, float], higher_is_better: bool) -> dict[str, float]:
-    """Mean, standard deviation over clients (sample form; 0 for one client) and the worst client's value."""
-    numbers = list(values.values())
+    """Mean, standard deviation over clients (sample form; 0 for one client) and the worst client's value.
+
+    Of more than ten clients also the mean of the worst tenth of them, rounded up.
+    """
+    numbers = sorted(values.values(), reverse=not higher_is_better)  # the worst first
+    tenth = numbers[: -(-len(numbers) // 10)]
     return {
         "mean": statistics.fmean(numbers),
         "std": statistics.stdev(numbers) if len(numbers) > 1 else 0.0,
-        "worst": min(numbers) if higher_is_better else max(numbers),
+        **({"worst decile": statistics.fmean(tenth)} if len(tenth) > 1 else {}),
+        "worst": numbers[0],
     }
+
+
+def gain(values: Mapping[str, float], reference: Mapping[str, float], higher_is_better: bool) -> float | None:
+    """The mean over the clients that both have of how much better than the reference; None where they share none."""
+    sign = 1 if higher_is_better else -1
+    differences = [sign * (value - reference[client]) for client, value in values.items() if client in reference]
+    return statistics.fmean(differences) if differences else None
 
 
 def check_one_split(records: Sequence[Record]) -> None:

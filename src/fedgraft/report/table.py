@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedgraft.report.groups import grouped
-from fedgraft.report.record import Record, summary
+from fedgraft.report.record import Record, gain, summary
 
 FIGURES = {  # figure -> (heading, higher is better, digits)
     "loss": ("response loss (nats/token)", False, 3),
     "token_accuracy": ("token accuracy", True, 3),
     "rougeL": ("ROUGE-L F1 (%)", True, 2),
+    "exact_match": ("exact match", True, 3),
+    "choice_accuracy": ("choice accuracy", True, 3),
+    "choice_accuracy_norm": ("choice accuracy, by length", True, 3),
     "general_loss": ("loss on held-out general text (nats/token)", False, 3),
 }
+Columns = dict[str, dict[str, float]]
+"""Column (or row of a summary) -> client (or column) -> value."""
 MODELS = ("base", "shared", "trained", "personal")  # as columns from left to right
 
 
@@ -29,25 +34,32 @@ class Table:
     clients: dict[str, dict[str, float]] = field(default_factory=dict)
     """Client -> column -> value."""
     summary: dict[str, dict[str, float]] = field(default_factory=dict)
-    """mean, std, worst -> column -> value."""
+    """Row -> column -> value: those of `record.summary`, and where known an interval of the mean and gains over base and local."""
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return {"figure": self.figure, "title": self.title, "columns": self.columns, "clients": self.clients, "summary": self.summary}
 
 
-def _table(figure: str, columns: dict[str, dict[str, float]]) -> Table:
+def _table(figure: str, columns: Columns, references: Columns | None = None) -> Table:
+    """`references`: what gains are told over, by name."""
     title, higher, digits = FIGURES[figure]
     columns = {name: values for name, values in columns.items() if values}
     clients = sorted({client for values in columns.values() for client in values})
     sums = {name: summary(values, higher) for name, values in columns.items()}
+    rows: Columns = {row: {} for row in ("mean", "std", "worst decile", "worst")}
+    for row, told in rows.items():
+        told.update({name: sums[name][row] for name in columns if row in sums[name]})
+    for reference, values in (references or {}).items():
+        gains = {name: gain(own, values, higher) for name, own in columns.items() if own != values}
+        rows[f"gain over {reference}"] = {name: mean for name, mean in gains.items() if mean is not None}
     return Table(
         figure=figure,
         title=title,
         digits=digits,
         columns=list(columns),
         clients={client: {name: values[client] for name, values in columns.items() if client in values} for client in clients},
-        summary={row: {name: sums[name][row] for name in columns} for row in ("mean", "std", "worst")},
+        summary={row: told for row, told in rows.items() if told},
     )
 
 
@@ -55,8 +67,41 @@ def run_tables(record: Record) -> list[Table]:
     """One table per figure: clients x models of one run."""
     measured = dict.fromkeys(model for client in record.results.values() for model in client)
     models = [*(model for model in MODELS if model in measured), *(model for model in measured if model not in MODELS)]
-    tables = [_table(figure, {model: record.figures(model, figure) for model in models}) for figure in FIGURES]
+    tables = []
+    for figure in FIGURES:
+        table = _table(figure, {model: record.figures(model, figure) for model in models}, {"base": record.figures("base", figure)})
+        table.summary.update(_intervals(record, figure, table.columns))
+        tables.append(table)
     return [table for table in tables if table.columns]
+
+
+def _intervals(record: Record, figure: str, models: Sequence[str]) -> Columns:
+    """The ends of the interval of the mean over these clients, whose rows alone were drawn."""
+    known = {model: record.further.get("summary", {}).get(model, {}).get(figure, {}).get("interval_rows") for model in models}
+    ends = {model: interval for model, interval in known.items() if interval}
+    rows = {f"mean, 95 % {word}": {model: interval[at] for model, interval in ends.items()} for at, word in enumerate(("from", "to"))}
+    return rows if ends else {}
+
+
+def further_tables(record: Record) -> list[Table]:
+    """The clients x clients matrix and the unseen clients, where they were measured."""
+    title = FIGURES["loss"][0]
+    tables = []
+    if cross := record.further.get("cross"):
+        owners = list(dict.fromkeys(owner for losses in cross.values() for owner in losses))
+        columns = {owner: {client: losses[owner] for client, losses in cross.items() if owner in losses} for owner in owners}
+        tables.append(replace(_table("loss", columns), figure="cross", title=f"{title} of the personal model of ... on the rows of ..."))
+    if unseen := record.further.get("unseen"):
+        counts = list(dict.fromkeys(count for by_count in unseen.values() for count in by_count))
+        columns = {
+            f"{model}, {count} rows": {
+                client: by_count[count][model]["loss"] for client, by_count in unseen.items() if model in by_count.get(count, {})
+            }
+            for model in MODELS
+            for count in (counts if model != "base" else counts[:1])
+        }
+        tables.append(replace(_table("loss", columns), figure="unseen", title=f"{title} of clients that the federation never asked"))
+    return tables
 
 
 def compare_tables(records: Sequence[Record]) -> list[Table]:
@@ -65,10 +110,12 @@ def compare_tables(records: Sequence[Record]) -> list[Table]:
     Runs that differ only in their seed are one column, a client's value being its mean over the seeds.
     """
     groups = grouped(records)
+    local = next((group for group in groups if group.runs[0].method == "local"), None)
     tables = []
     for figure in FIGURES:
         base = next((values for group in groups if (values := group.figures("base", figure))), {})
-        tables.append(_table(figure, {"base": base, **{group.name: group.figures("personal", figure) for group in groups}}))
+        references = {"base": base, **({"local": local.figures("personal", figure)} if local is not None else {})}
+        tables.append(_table(figure, {"base": base, **{group.name: group.figures("personal", figure) for group in groups}}, references))
     return [table for table in tables if table.columns]
 
 

@@ -1,1 +1,1 @@
-"""One module per dataset: `METRIC` and `load(split, path)`."""
+"""One module per dataset: `METRIC` (`rougeL` or `exact_match`) and `load(split, path)`; rows may bring choices."""

@@ -1,8 +1,9 @@
 """Anybody's own instruction data: JSON-lines files in the usual layouts.
 
-A row is one of `LAYOUTS`; optional fields are `id`, `category` (default: the file's name) and `split`. The split of a row is its own
-field, else the file's name where that is a split (`train.jsonl`), else a hash of the prompt: 80 % train, 10 % validation, 10 % test,
-whatever the row order. In a chat only the last message, the assistant's, is trained on; the earlier ones are its prompt.
+A row is one of `LAYOUTS`; optional fields are `id`, `category` (default: the file's name), `split`, and for evaluation `choices` (a list of
+answers, the response among them: which is likeliest?) and `metric: exact_match` (an answer has to be the response). The split of a row is
+its own field, else the file's name where that is a split (`train.jsonl`), else a hash of the prompt: 80 % train, 10 % validation, 10 %
+test, whatever the row order. In a chat only the last message, the assistant's, is trained on; the earlier ones are its prompt.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft.data.example import SUFFIXES, Example, check_split, fields_of, hashed_split, read_rows, text_of
+from fedgraft.data.scoring import choices_of, is_exact
 
 METRIC = "rougeL"
 LAYOUTS = (
@@ -82,6 +84,8 @@ def _example(row: dict[str, Any], place: str, named: str | None, category: str) 
         context=context,
         response=response,
         turns=turns,
+        choices=choices_of(row, response, place),
+        exact=is_exact(row, place, METRIC),
     )
     prompt = "\x1f".join([*(content for _, content in turns), instruction, context])
     return _split_of(row, place) or named or hashed_split(prompt), example

@@ -1,0 +1,65 @@
+"""Clients that the federation never asked: how good are its shared leaves for them, at once and after a few rows of their own?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fedgraft import plugins, seeds
+from fedgraft.bundle import Bundle
+from fedgraft.data.partition import ClientData
+from fedgraft.evaluation.personal import evaluation_rows, measure, wanted_models
+from fedgraft.evaluation.settings import EvaluationSettings, UnseenSettings
+from fedgraft.methods.method import Method
+from fedgraft.training.client import Client
+
+
+def held_out(settings: UnseenSettings, clients: Mapping[str, ClientData], method: Method, seed: int) -> dict[str, ClientData]:
+    """The unseen clients among all, in their order.
+
+    Raises:
+        ValueError: a name of no client, nobody left to federate, too few training rows, or a method that has no model before its first row.
+    """
+    names, wanted = list(clients), settings.clients
+    if isinstance(wanted, int):
+        wanted = [names[at] for at in seeds.numpy_rng(seed, "unseen").permutation(len(names))[:wanted]]
+    for name in wanted:
+        if name not in clients:
+            raise ValueError(
+                f"evaluation.unseen.clients: there is no client {name!r}{plugins.nearest(name, names)}; clients: {', '.join(names)}"
+            )
+        if (most := max(settings.rows)) > (held := len(clients[name].train)):
+            raise ValueError(f"evaluation.unseen.rows: client {name!r} has {held} training rows, {most} are asked for; lower it")
+    if wanted and len(set(wanted)) >= len(names):
+        raise ValueError(f"evaluation.unseen.clients: of {len(names)} clients nobody would be left to federate; lower it")
+    if wanted and method.shared_grafts and 0 in settings.rows:
+        raise ValueError("evaluation.unseen.rows: 0: with a shared graft a client has no model before it has chosen experts; leave 0 out")
+    return {name: data for name, data in clients.items() if name in wanted}
+
+
+def evaluate_unseen(method: Method, client: Client, package: Bundle, settings: EvaluationSettings) -> Bundle:
+    """Adapt to the first n training rows, for every wanted n from the start, and measure; nothing of it is remembered.
+
+    The reply's `unseen` maps n to what `measure` gives for the wanted models.
+    """
+    found: dict[str, Any] = {}
+    for count in settings.unseen.rows:
+        newcomer = replace(client, data=replace(client.data, train=client.data.train[:count]), memory=Bundle())
+        if count:
+            _adapt(method, newcomer, package, settings.unseen.rounds)
+        models = wanted_models(method.answer(method, newcomer, package), settings)
+        found[str(count)], _ = measure(newcomer, models, evaluation_rows(newcomer, settings), settings)
+    return Bundle(facts={"unseen": found})
+
+
+def _adapt(method: Method, newcomer: Client, package: Bundle, rounds: int) -> None:
+    """Train as in so many rounds in which the newcomer alone takes part: each goes on from the shared leaves of the last one."""
+    shown, first = newcomer.data, package.facts["round"]
+    assert isinstance(first, int)
+    newcomer.data = shown.sealed()
+    for number in range(first, first + rounds):
+        facts = {**package.facts, "round": number, "lr": newcomer.training.lr}
+        method.train(method, newcomer, Bundle(trees=package.trees, facts=facts))
+        package = Bundle(trees={**package.trees, "shared": newcomer.memory.tree("trained")}, facts=facts)
+    newcomer.data = shown
