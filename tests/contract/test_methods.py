@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections import Counter
 
 import pytest
@@ -262,3 +263,18 @@ def test_another_merge_is_used_or_refused_before_training(start, method, rule):
         return
     run = start(method, **sections).go()
     assert all(leaf.isfinite().all() and leaf.any() for leaf in run.state.values())
+
+
+def test_others_models_and_unseen_clients_are_evaluated(start, method):
+    """Every method's models can be lent, and its shared leaves given to a client that was never asked; neither changes the run."""
+    newcomer = {"clients": ["cy"], "rows": [0, 2], "rounds": 2}
+    run = start(method, federation={"rounds": 1}, evaluation={"cross": True, "unseen": newcomer, "models": ["base", "personal"]}).go()
+    record = Record.load(run.session.folder)
+    assert set(record.results) == set(record.further["experts"]) == set(record.further["cross"]) == {"ada", "bo"}
+    for client, losses in record.further["cross"].items():
+        assert losses[client] == pytest.approx(record.results[client]["personal"]["loss"], rel=1e-5)
+        assert set(losses) == {"ada", "bo"}
+    found = record.further["unseen"]["cy"]
+    assert found["0"]["base"]["loss"] == found["2"]["base"]["loss"]
+    assert all(math.isfinite(models["personal"]["loss"]) for models in found.values())
+    assert {question for question, name, _ in run.up if name == "cy"} == {"evaluate_unseen"}

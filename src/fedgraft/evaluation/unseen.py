@@ -54,12 +54,17 @@ def evaluate_unseen(method: Method, client: Client, package: Bundle, settings: E
 
 
 def _adapt(method: Method, newcomer: Client, package: Bundle, rounds: int) -> None:
-    """Train as in so many rounds in which the newcomer alone takes part: each goes on from the shared leaves of the last one."""
+    """Train so many rounds, each from the shared leaves that the last one left.
+
+    Leaves that a method draws anew in every round (FLoRA's pairs) are those of the last round alone.
+    """
     shown, first = newcomer.data, package.facts["round"]
     assert isinstance(first, int)
     newcomer.data = shown.sealed()
     for number in range(first, first + rounds):
         facts = {**package.facts, "round": number, "lr": newcomer.training.lr}
         method.train(method, newcomer, Bundle(trees=package.trees, facts=facts))
-        package = Bundle(trees={**package.trees, "shared": newcomer.memory.tree("trained")}, facts=facts)
+        trained = newcomer.memory.tree("trained")
+        shared = {key: trained.get(key, leaf) for key, leaf in package.tree("shared").items()}
+        package = Bundle(trees={**package.trees, "shared": shared}, facts=facts)
     newcomer.data = shown

@@ -90,7 +90,13 @@ def further_tables(record: Record) -> list[Table]:
     if cross := record.further.get("cross"):
         owners = list(dict.fromkeys(owner for losses in cross.values() for owner in losses))
         columns = {owner: {client: losses[owner] for client, losses in cross.items() if owner in losses} for owner in owners}
-        tables.append(replace(_table("loss", columns), figure="cross", title=f"{title} of the personal model of ... on the rows of ..."))
+        tables.append(
+            replace(
+                _table("loss", columns),
+                figure="cross",
+                title=f"{title} of the personal model of each client (column) on the rows of each client",
+            )
+        )
     if unseen := record.further.get("unseen"):
         counts = list(dict.fromkeys(count for by_count in unseen.values() for count in by_count))
         columns = {
