@@ -3,8 +3,9 @@
     python tools/results.py --section main-job runs/main/*
     python tools/results.py --section rows --pivot data.train_rows --figure loss runs/rows/*
 
-Runs that differ only in their seed are one row; with `--pivot` the values of one recipe key are the columns of a table of one figure. Every
-figure is mean ± sample standard deviation over seeds of the mean over clients of the `personal` model on the split the runs were evaluated on. The text between the section's markers is replaced.
+Runs that differ only in their seed are one row; with `--pivot` the values of one recipe key are the columns of a table of one figure.
+Every figure is mean ± sample standard deviation over seeds of the mean over clients of the `personal` model on the split the runs were
+evaluated on. The text between the section's markers is replaced.
 """
 
 from __future__ import annotations
