@@ -232,7 +232,7 @@ def test_interrupted_fine_tuning_resumes_and_an_extended_run_tunes_anew(place, t
 
 @pytest.mark.parametrize("options", [{"rounds": 0}, {"lr": 0.0}])
 def test_fine_tuning_that_trains_nothing_is_refused(place, options):
-    with pytest.raises(ValueError, match=r"method.rounds, method.lr: .* train nothing; choose"):
+    with pytest.raises(ValueError, match=r"method.(rounds|lr): Input should be greater than 0"):
         load_recipe(with_options(place, "fedavg_ft", options))
 
 
