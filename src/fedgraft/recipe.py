@@ -200,6 +200,16 @@ def shipped() -> Path:
     return Path(__file__).parent / "assets" / "recipes"
 
 
+def shipped_names() -> list[str]:
+    """The names of the shipped recipes; those in subfolders as `folder/name`."""
+    return sorted(path.relative_to(shipped()).with_suffix("").as_posix() for path in shipped().rglob("*.yaml"))
+
+
+def about(name: str) -> str:
+    """What a shipped recipe is for: the first line of its file."""
+    return files.read_text(shipped() / f"{name}.yaml").partition("\n")[0].removeprefix("# ")
+
+
 def find_recipe(source: str | Path | None) -> Path:
     """The file of a recipe given by path or by the name of a shipped one; None is the demo.
 
@@ -211,10 +221,9 @@ def find_recipe(source: str | Path | None) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    named = shipped() / f"{source}.yaml"
-    if named.is_file():
-        return named
-    known = sorted(entry.stem for entry in shipped().glob("*.yaml"))
+    known = shipped_names()
+    if str(source) in known:
+        return shipped() / f"{source}.yaml"
     raise ValueError(f"{source}: no such recipe file{plugins.nearest(str(source), known)}; shipped recipes: {', '.join(known)}")
 
 

@@ -12,6 +12,7 @@ from fedgraft.bundle import Bundle
 from fedgraft.evaluation.cross import check_cross
 from fedgraft.evaluation.personal import measure
 from fedgraft.evaluation.settings import EvaluationSettings
+from fedgraft.hosting import Holdings
 from fedgraft.methods.method import Prediction
 from fedgraft.recipe import load_recipe
 from fedgraft.report.progress import Quiet
@@ -61,7 +62,7 @@ def test_the_matrix_is_everybodys_model_on_everybodys_rows(whole, session):
     again.restore()
     memory, shared = again.engine.store.load("bakery", again.engine.asked), again.server.state.tree("shared")
     model = Prediction(tree={**shared, **memory.tree("personal")}, experts=memory.facts["experts"])
-    harbour = again.engine.open_client("harbour")
+    harbour = again.reach.holdings.open("harbour")
     settings = again.recipe.evaluation
     wanted = measure(harbour, {"personal": model}, harbour.data.test, settings)[0]["personal"]["loss"]
     assert cross["harbour"]["bakery"] == pytest.approx(wanted, rel=1e-6)
@@ -70,9 +71,11 @@ def test_the_matrix_is_everybodys_model_on_everybodys_rows(whole, session):
     assert (table.figure, table.columns, table.clients) == ("cross", ["bakery", "harbour"], cross)
 
 
-def test_personal_leaves_are_lent_only_where_the_recipe_says_so_and_never_between_sites(session):
+def test_personal_leaves_are_lent_only_where_the_recipe_says_so_and_never_between_sites(session, world, tmp_path):
     opened = session(evaluation=QUICK)
-    assert not {"lend", "borrow"} & set(opened.engine.questions)
+    assert not {"lend", "borrow"} & set(opened.engine.site.questions)
+    lending = load_recipe(world.recipe(evaluation={"cross": True}))
+    assert "lend" not in Holdings(lending, tmp_path / "clients").site(["garden"]).questions, "a site that answers others must never lend"
     check_cross(EvaluationSettings(cross=True), "inprocess")
     check_cross(EvaluationSettings(), "flower")
     with pytest.raises(
@@ -113,7 +116,7 @@ def test_an_unseen_client_trains_as_if_it_were_asked_alone(session):
     opened._begin("evaluation", 1)
     package = opened.method.pack(opened.method, opened.server, "garden")
     reply = next(iter(opened.engine.ask("evaluate_unseen", {"garden": package})))
-    client = opened.engine.open_client("garden")
+    client = opened.reach.holdings.open("garden")
     rows = client.data.test
     client.data = replace(client.data, train=client.data.train[:4])
     shared = package.tree("shared")
@@ -129,9 +132,9 @@ def test_an_unseen_client_trains_as_if_it_were_asked_alone(session):
 
 
 def test_the_same_seed_holds_out_the_same_clients(session):
-    held = {seed: tuple(session(evaluation={**QUICK, "unseen": {"clients": 1, "rows": [1]}}, seed=seed).unseen) for seed in range(6)}
+    held = {seed: tuple(session(evaluation={**QUICK, "unseen": {"clients": 1, "rows": [1]}}, seed=seed).reach.unseen) for seed in range(6)}
     assert len(set(held.values())) > 1
-    assert tuple(session(evaluation={**QUICK, "unseen": {"clients": 1, "rows": [1]}}, seed=3).unseen) == held[3]
+    assert tuple(session(evaluation={**QUICK, "unseen": {"clients": 1, "rows": [1]}}, seed=3).reach.unseen) == held[3]
 
 
 @pytest.mark.parametrize(
@@ -154,11 +157,26 @@ def test_a_shared_graft_needs_rows_to_begin_with(session):
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_test_rows_are_out_of_sight_until_they_are_to_be_evaluated_on(session, split):
-    opened = session(evaluation={**QUICK, "split": split})
-    for phase, shown in (("selection", False), ("training", False), ("finishing", False), ("evaluation", split == "test")):
-        opened._begin(phase, 1)
-        assert bool(opened.engine.open_client("garden").data.test) is shown, phase
+def test_test_rows_are_out_of_sight_until_they_are_to_be_evaluated_on(world, tmp_path, split):
+    """Whatever a method does with its client, in choosing, training, finishing and, on validation rows, in predicting."""
+    seen = {}
+
+    def spy(question):
+        def look(method, client, package):
+            seen[question] = bool(client.data.test)
+            raise KeyError(question)
+
+        return look
+
+    holdings = Holdings(load_recipe(world.recipe(evaluation={**QUICK, "cross": True, "split": split})), tmp_path / "clients")
+    parts = {"graft": "graft", "train": "train", "finish": "finish", "answer": "evaluate"}
+    holdings.method = replace(holdings.method, **{part: spy(question) for part, question in parts.items()})
+    site = holdings.site(list(holdings.clients), lends=True)
+    package = Bundle(facts={"round": 0}).encode()
+    for question in parts.values():
+        with pytest.raises(KeyError, match=question):
+            site.answer(question, "garden", package, asked=0, committed=0)
+    assert seen == {"graft": False, "train": False, "finish": False, "evaluate": split == "test"}
 
 
 def test_a_run_with_everything_resumes_to_the_same_results(whole, tmp_path):

@@ -14,7 +14,7 @@ from fedgraft.data.batches import Row, encode, prompt_ids
 from fedgraft.data.example import Example
 from fedgraft.data.scoring import METRICS, same_answer
 from fedgraft.data.templates import end_id
-from fedgraft.evaluation.response import row_sums
+from fedgraft.evaluation.response import predicting, row_sums
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.methods.method import Prediction
 from fedgraft.training.client import Client
@@ -81,17 +81,18 @@ def generate(client: Client, model: Prediction, examples: Sequence[Example], set
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": settings.max_new_tokens}
     options |= {"pad_token_id": base.pad_id, "eos_token_id": end_id(base.tokenizer, data.template)}
     answers = [""] * len(prompts)
-    with client.model.using(model.tree, model.experts):
-        for start in range(0, len(order), settings.batch_size):
-            chosen = order[start : start + settings.batch_size]
-            width = max(len(prompts[index]) for index in chosen)
-            ids = torch.full((len(chosen), width), base.pad_id)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(chosen):
-                ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-                mask[row, width - len(prompts[index]) :] = 1
-            with autocast(client.training.precision, base.device):
-                output: Any = base.model.generate(ids.to(base.device), attention_mask=mask.to(base.device), **options)
-            for row, index in enumerate(chosen):
-                answers[index] = str(base.tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
+    model = replace(model, tree=client.model.placed(model.tree))
+    for start in range(0, len(order), settings.batch_size):
+        chosen = order[start : start + settings.batch_size]
+        width = max(len(prompts[index]) for index in chosen)
+        ids = torch.full((len(chosen), width), base.pad_id)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(chosen):
+            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, width - len(prompts[index]) :] = 1
+        in_use = predicting(client, model, [prompts[index] for index in chosen])
+        with in_use, autocast(client.training.precision, base.device):
+            output: Any = base.model.generate(ids.to(base.device), attention_mask=mask.to(base.device), **options)
+        for row, index in enumerate(chosen):
+            answers[index] = str(base.tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
     return answers

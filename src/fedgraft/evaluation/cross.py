@@ -34,8 +34,10 @@ def check_cross(settings: EvaluationSettings, engine: str) -> None:
 
 
 def lend(method: Method, client: Client, package: Bundle) -> Bundle:
-    """The client's personal model, whole."""
+    """The client's personal model, whole; nothing where each row is blended by the client's own prompts, which are not lent."""
     model = method.answer(method, client, package)["personal"]
+    if model.shares is not None:
+        return Bundle()
     return Bundle(trees={"model": model.tree}, facts={"experts": [list(layer) for layer in model.experts]})
 
 
@@ -48,11 +50,15 @@ def borrow(client: Client, package: Bundle, settings: EvaluationSettings) -> Bun
 
 
 def cross_losses(method: Method, server: Server, ask: Ask, clients: list[str]) -> dict[str, dict[str, float]]:
-    """Client whose rows they are -> client whose personal model it is -> response loss; one lent model is in memory at a time."""
+    """Client whose rows they are -> client whose personal model it is -> response loss; one lent model is in memory at a time.
+
+    A model that cannot be lent is in nobody's row.
+    """
     found: dict[str, dict[str, float]] = {client: {} for client in clients}
     for owner in clients:
         for lent in ask("lend", {owner: method.pack(method, server, owner)}):
-            for reply in ask("borrow", dict.fromkeys(clients, lent.bundle)):
+            takers = clients if "experts" in lent.bundle.facts else []
+            for reply in ask("borrow", dict.fromkeys(takers, lent.bundle)):
                 loss = reply.bundle.facts["loss"]
                 assert isinstance(loss, float)
                 found[reply.client][owner] = loss

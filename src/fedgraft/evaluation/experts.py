@@ -17,6 +17,7 @@ from torch import Tensor
 from fedgraft.data.batches import Batch, batches_in_order, encode_all
 from fedgraft.data.example import Example
 from fedgraft.evaluation.gates import Gates
+from fedgraft.evaluation.response import predicting
 from fedgraft.methods.method import Prediction
 from fedgraft.moe.load import Base
 from fedgraft.moe.routing import normalised, watching
@@ -47,14 +48,14 @@ def expert_figures(client: Client, model: Prediction, examples: Sequence[Example
     base, gates = client.model.base, Gates()
     meter = _Meter(base)
     rows, _ = encode_all(list(examples[:ROWS]), base.tokenizer, client.data_settings)
-    for _, cpu_batch in batches_in_order(rows, BATCH, base.pad_id):
+    for chosen, cpu_batch in batches_in_order(rows, BATCH, base.pad_id):
         batch = cpu_batch.to(base.device)
         meter.expect(batch.mask != 0)
         gates.expect(batch.mask != 0)
         with watching(base.sites, meter.see_base), autocast(client.training.precision, base.device):
             _forward(base, batch)
         with ExitStack() as inside:
-            inside.enter_context(client.model.using(model.tree, model.experts))
+            inside.enter_context(predicting(client, model, [rows[index].ids[: rows[index].start] for index in chosen]))
             inside.enter_context(client.model.watching_gates(gates.see))
             inside.enter_context(watching(base.sites, meter.see_personal))
             inside.enter_context(watching(base.sites, meter.see_grafted, grafted=True))

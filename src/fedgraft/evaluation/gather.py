@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedgraft.aggregation.server import Ask, Server
 from fedgraft.bundle import Bundle
@@ -13,21 +13,41 @@ from fedgraft.evaluation.cross import borrow, cross_losses, lend
 from fedgraft.evaluation.personal import evaluate_client, kept_in
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.evaluation.unseen import evaluate_unseen
-from fedgraft.methods.method import Method
+from fedgraft.methods.method import Method, questions
 from fedgraft.training.client import Client
 
+Question: TypeAlias = Callable[[Client, Bundle], Bundle]
 
-def evaluation_questions(method: Method, settings: EvaluationSettings, folder: Path) -> dict[str, Callable[[Client, Bundle], Bundle]]:
-    """What a client can be asked after the last round, by name; to lend its personal model only where the recipe says so.
 
-    What its single rows gave is kept in `folder`, on the client's site.
+def site_questions(method: Method, settings: EvaluationSettings, folder: Path, lends: bool) -> dict[str, Question]:
+    """All that a client can be asked, by name.
+
+    Whatever is not an evaluation on test rows finds the client without them.
+
+    Args:
+        method: settled for the run.
+        settings: what is measured.
+        folder: where what single rows gave is kept, on the client's site.
+        lends: whether clients may lend their personal models at all; they do where the recipe says so.
     """
-    asked: dict[str, Callable[[Client, Bundle], Bundle]] = {
+    measuring: dict[str, Question] = {
         "evaluate": partial(evaluate_client, method, settings=settings, keep=kept_in(folder)),
         "evaluate_unseen": partial(evaluate_unseen, method, settings=settings),
     }
-    if settings.cross:
-        asked |= {"lend": partial(lend, method), "borrow": partial(borrow, settings=settings)}
+    lending: dict[str, Question] = {"lend": partial(lend, method), "borrow": partial(borrow, settings=settings)}
+    measuring |= lending if settings.cross and lends else {}
+    if settings.split == "test":
+        return {name: without_test_rows(question) for name, question in questions(method).items()} | measuring
+    return {name: without_test_rows(question) for name, question in (questions(method) | measuring).items()}
+
+
+def without_test_rows(question: Question) -> Question:
+    """The question to a client that has none."""
+
+    def asked(client: Client, package: Bundle) -> Bundle:
+        client.data = client.data.sealed()
+        return question(client, package)
+
     return asked
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,7 +17,7 @@ from fedgraft.data.example import Example
 from fedgraft.evaluation.answers import RowScores, answer_scores, choice_scores
 from fedgraft.evaluation.experts import expert_figures
 from fedgraft.evaluation.knowledge import general_loss
-from fedgraft.evaluation.response import RowSums, response_sums
+from fedgraft.evaluation.response import RowSums, predicting, response_sums
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.intervals import bootstrap
 from fedgraft.methods.method import Method, Prediction
@@ -88,8 +89,8 @@ def measure(
         if base is not None and name != "base":
             figures["gain"] = base.loss - sums.loss
         if settings.knowledge_tokens and name in settings.knowledge_models:
-            with client.model.using(model.tree, model.experts):
-                figures["general_loss"] = general_loss(client.model.base, settings.knowledge_tokens, client.training.precision)
+            in_use = partial(predicting, client, model)
+            figures["general_loss"] = general_loss(client.model.base, settings.knowledge_tokens, client.training.precision, in_use)
         results[name] = {**figures, "interval": _intervals(client, settings, sums, scores, None if name == "base" else base)}
         lines += _lines(name, rows, sums, scores)
     return results, lines

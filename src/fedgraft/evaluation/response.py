@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedgraft.address import MIX
 from fedgraft.data.batches import Batch, Row, batches_in_order, encode_all
 from fedgraft.data.example import Example
 from fedgraft.evaluation.gates import Gates
@@ -38,20 +40,27 @@ class RowSums:
         return float(self.nats.sum() / max(1.0, self.tokens.sum()))
 
 
+def predicting(client: Client, model: Prediction, prompts: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
+    """The model in use for one batch of rows with these prompts, each blended as the model says."""
+    shares = {MIX: model.shares(prompts)} if model.shares is not None else {}
+    return client.model.using({**model.tree, **shares}, model.experts)
+
+
 @torch.no_grad()
 def row_sums(client: Client, model: Prediction, rows: Sequence[Row], batch_size: int, gates: Gates | None = None) -> RowSums:
     """What a model makes of every row's response; `gates` sees those of its grafts."""
     base = client.model.base
     found = torch.zeros(3, len(rows), dtype=torch.float64)
-    watching = client.model.watching_gates(gates.see) if gates is not None else nullcontext()
-    with client.model.using(model.tree, model.experts), watching:
-        for chosen, cpu_batch in batches_in_order(rows, batch_size, base.pad_id):
-            batch = cpu_batch.to(base.device)
-            if gates is not None:
-                gates.expect(batch.mask != 0)
-            with autocast(client.training.precision, base.device), base.logits_at(batch.predicting):
-                logits = base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-            found[:, chosen] = _sums(logits.float(), batch).cpu()
+    model = replace(model, tree=client.model.placed(model.tree))
+    watching = partial(client.model.watching_gates, gates.see) if gates is not None else nullcontext
+    for chosen, cpu_batch in batches_in_order(rows, batch_size, base.pad_id):
+        batch = cpu_batch.to(base.device)
+        if gates is not None:
+            gates.expect(batch.mask != 0)
+        in_use = predicting(client, model, [rows[index].ids[: rows[index].start] for index in chosen])
+        with in_use, watching(), autocast(client.training.precision, base.device), base.logits_at(batch.predicting):
+            logits = base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+        found[:, chosen] = _sums(logits.float(), batch).cpu()
     nats, right, tokens = found.numpy()
     return RowSums(nats=nats, right=right, tokens=tokens)
 

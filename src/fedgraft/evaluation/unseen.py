@@ -8,34 +8,33 @@ from typing import Any
 
 from fedgraft import plugins, seeds
 from fedgraft.bundle import Bundle
-from fedgraft.data.partition import ClientData
 from fedgraft.evaluation.personal import evaluation_rows, measure, wanted_models
 from fedgraft.evaluation.settings import EvaluationSettings, UnseenSettings
 from fedgraft.methods.method import Method
 from fedgraft.training.client import Client
 
 
-def held_out(settings: UnseenSettings, clients: Mapping[str, ClientData], method: Method, seed: int) -> dict[str, ClientData]:
-    """The unseen clients among all, in their order.
+def held_out(settings: UnseenSettings, rows: Mapping[str, int], method: Method, seed: int) -> list[str]:
+    """The unseen clients among all, in their order; `rows` are the training rows of each.
 
     Raises:
         ValueError: a name of no client, nobody left to federate, too few training rows, or a method that has no model before its first row.
     """
-    names, wanted = list(clients), settings.clients
+    names, wanted = list(rows), settings.clients
     if isinstance(wanted, int):
         wanted = [names[at] for at in seeds.numpy_rng(seed, "unseen").permutation(len(names))[:wanted]]
     for name in wanted:
-        if name not in clients:
+        if name not in names:
             raise ValueError(
                 f"evaluation.unseen.clients: there is no client {name!r}{plugins.nearest(name, names)}; clients: {', '.join(names)}"
             )
-        if (most := max(settings.rows)) > (held := len(clients[name].train)):
-            raise ValueError(f"evaluation.unseen.rows: client {name!r} has {held} training rows, {most} are asked for; lower it")
+        if (most := max(settings.rows)) > rows[name]:
+            raise ValueError(f"evaluation.unseen.rows: client {name!r} has {rows[name]} training rows, {most} are asked for; lower it")
     if wanted and len(set(wanted)) >= len(names):
         raise ValueError(f"evaluation.unseen.clients: of {len(names)} clients nobody would be left to federate; lower it")
     if wanted and method.shared_grafts and 0 in settings.rows:
         raise ValueError("evaluation.unseen.rows: 0: with a shared graft a client has no model before it has chosen experts; leave 0 out")
-    return {name: data for name, data in clients.items() if name in wanted}
+    return [name for name in names if name in wanted]
 
 
 def evaluate_unseen(method: Method, client: Client, package: Bundle, settings: EvaluationSettings) -> Bundle:

@@ -8,10 +8,12 @@ clients decide and refuses what the method cannot do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
+
+from torch import Tensor
 
 from fedgraft.address import is_residual, nothing, within
 from fedgraft.aggregation.merges import Merge, Update, by_examples
@@ -26,6 +28,9 @@ from fedgraft.training.client import Client
 from fedgraft.training.local_rules import LocalRule, plain
 from fedgraft.tree import Predicate, Tree, combine, partition, subtract
 
+RowShares: TypeAlias = Callable[[Sequence[Sequence[int]]], Tensor]
+"""The prompts of some rows as token ids -> one share in [0, 1] for each [rows]; no leaves are in use meanwhile."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -33,6 +38,8 @@ class Prediction:
 
     tree: Tree
     experts: Experts
+    shares: RowShares | None = None
+    """The share of the second pairs for each row, in the place of one for all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ def further_tables(record: Record) -> list[Table]:
             for count in (counts if model != "base" else counts[:1])
         }
         tables.append(replace(_table("loss", columns), figure="unseen", title=f"{title} of clients that the federation never asked"))
-    return tables
+    return [table for table in tables if table.columns]
 
 
 def compare_tables(records: Sequence[Record]) -> list[Table]:
