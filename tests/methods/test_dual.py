@@ -13,8 +13,7 @@ from fedgraft.recipe import load_recipe
 from fedgraft.runner import run as run_recipe
 from fedgraft.seeds import numpy_rng
 from fedgraft.tree import equal
-from tests.methods.harness import ROWS
-from tests.methods.options import answers, begin, sent_addresses, with_options
+from tests.methods.harness import ROWS, answers, begin, sent_addresses
 from tests.methods.test_identities import LR
 
 KEPT = {"federation": {"clients_per_round": 2}, "training": {"optimizer_state": "kept"}}
@@ -104,7 +103,7 @@ def test_a_cosine_below_zero_gives_no_share(place, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [{"variant": "G"}, {"scale": 1.1}, {"instances": 0}, {"share": -0.1}, {"rounds": 0}, {"lr": 0}])
 def test_feddpas_options_are_checked(place, options):
     with pytest.raises(ValueError, match=f"method.{next(iter(options))}: Input should be"):
-        load_recipe(with_options(place, "feddpa", options))
+        load_recipe(place.recipe("feddpa", options=options))
 
 
 # FDLoRA

@@ -221,6 +221,10 @@ class Method:
     """One site holds all clients' training rows, which leave them; each client is evaluated on its own rows as ever."""
     wire_copies: int = 1
     """Numbers that travel each way for every shared one."""
+    down: Callable[[Shapes], Shapes] = unchanged
+    """What the server sends for the shared leaves, at its largest; a client sends the shared leaves themselves."""
+    passes: int = 1
+    """Times that a client goes over the batches of a round, forward and backward."""
     needs_mean: str = ""
     """Why its replies must be averaged; empty: `federation.merge` may set another rule in the place of a mean."""
     settle: Callable[[Method, Surroundings], Method] = as_built
