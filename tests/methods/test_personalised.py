@@ -9,6 +9,8 @@ from fedgraft.address import MIX, as_first, as_own, layer_of, own
 from fedgraft.bundle import Bundle
 from fedgraft.recipe import load_recipe
 from fedgraft.report.progress import Quiet
+from fedgraft.report.record import Record
+from fedgraft.report.table import cost
 from fedgraft.runner import resume
 from fedgraft.runner import run as run_recipe
 from fedgraft.session import Session
@@ -179,6 +181,19 @@ def test_fine_tuning_starts_from_fedavg_and_is_plain_training_on_the_next_batche
     assert not any(".own." in key for key in sent_addresses(run))
 
 
+@pytest.mark.parametrize("method", ["fedavg_ft", "feddpa", "fdlora"])
+def test_what_follows_the_last_round_is_recorded_with_its_bytes_and_tokens(start, method):
+    run = start(method).go()
+    (line,) = Record.load(run.session.folder).finishes
+    assert line["round"] == 3
+    for way, seen in (("bytes_up", run.up), ("bytes_down", run.down)):
+        assert line[way] == sum(len(content) for question, _, content in seen if question == "finish") > 0
+    rounds = Record.load(run.session.folder).rounds
+    assert (line["tokens"] > 0) == (method != "fdlora")
+    assert cost(Record.load(run.session.folder))["training_tokens"] == sum(one["tokens"] for one in rounds) + line["tokens"]
+    assert Record.load(start("fedavg", federation={"rounds": 1}).go().session.folder).finishes == []
+
+
 def test_a_client_whose_fine_tuning_is_lost_predicts_with_the_shared_leaves(start):
     run = start("fedavg_ft")
     ask = run.session.engine.questions["finish"]
@@ -217,7 +232,10 @@ def test_interrupted_fine_tuning_resumes_and_an_extended_run_tunes_anew(place, t
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, out=tmp_path / "cut", progress=StopInFinish(clients))
     assert resume(tmp_path / "cut").digest == whole.digest
+    assert [line["round"] for line in Record.load(tmp_path / "cut").finishes] == [1]
     longer, again = (resume(tmp_path / name, rounds=2) for name in ("cut", "whole"))
+    for record in (longer, again):
+        assert [line["round"] for line in record.finishes] == [1, 2]
     assert longer.digest == again.digest != whole.digest
     session = Session(load_recipe(tmp_path / "whole" / "recipe.yaml"), tmp_path / "whole", Quiet())
     session.restore()

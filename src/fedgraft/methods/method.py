@@ -143,8 +143,11 @@ def fresh_leaves(method: Method, client: Client) -> Tree:
 
 def train_round(method: Method, client: Client, package: Bundle) -> Bundle:
     """Train shared and personal leaves together; remember both, send the shared ones but residuals, which stay as they came."""
-    if "side" in method.places and not client.experts:  # it was away when the others chose
-        method.graft(method, client, package)
+    chosen: dict[str, Fact] = {}
+    if "side" in method.places:
+        if not client.experts:  # it was away when the others chose
+            chosen = method.graft(method, client, package).facts
+        chosen = {"experts": client.experts, **chosen}  # told in every round, since any reply may be lost
     start = combine(package.tree("shared"), personal_leaves(method, client))
     round_number, lr = package.facts["round"], package.facts["lr"]
     assert isinstance(round_number, int)
@@ -159,6 +162,7 @@ def train_round(method: Method, client: Client, package: Bundle) -> Bundle:
         "tokens": result.tokens,
         "seconds": result.seconds,
         "truncated": client.truncated,
+        **chosen,
     }
     return Bundle(trees={"shared": partition(shared, is_residual)[1]}, facts=facts)
 
