@@ -75,9 +75,10 @@ class Recipe(Section):
         known = list(inspect.signature(build).parameters)
         for option in options:
             if option not in known:
-                listed = ", ".join(known) or "none"
+                listed, others = ", ".join(known) or "none", ", ".join(methods_with(option))
                 raise ValueError(
                     f"method.{option}: {self.method.name!r} has no such option{plugins.nearest(option, known)}; its options: {listed}"
+                    + (f"; methods with that option: {others}" if others else "")
                 )
         try:
             method = validate_call(build)(**options)
@@ -128,6 +129,11 @@ class Recipe(Section):
         if self.model.name != EMBEDDED and Path(self.model.name).expanduser().is_dir():
             parts["model"] = self.model.model_copy(update={"name": _resolved(self.model.name)})
         return self.model_copy(update=parts)
+
+
+def methods_with(option: str) -> list[str]:
+    """The methods that have an option of this name."""
+    return [name for name in plugins.names("method") if option in inspect.signature(plugins.load("method", name).build).parameters]
 
 
 def _resolved(path: str) -> str:
@@ -187,6 +193,12 @@ def check_values(values: dict[str, Any], where: str) -> Recipe:
     """
     if found := [section for section in SWEEP_SECTIONS if section in values]:
         raise ValueError(f"{where}: {found[0]}: this is a sweep, many runs from one file; start it with: fedgraft sweep {where}")
+    lora = values.get("lora")
+    if isinstance(lora, dict) and isinstance(lora.get("rank"), (list, dict)):
+        listed = ", ".join(methods_with("ranks"))
+        raise ValueError(
+            f"{where}: lora.rank: one number for all clients; a rank for each is method.ranks, which these methods have: {listed}"
+        )
     try:
         return Recipe.model_validate({section: value for section, value in values.items() if value is not None})
     except ValidationError as error:
