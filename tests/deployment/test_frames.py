@@ -7,10 +7,10 @@ import socket
 import tracemalloc
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgraft.deployment import frames
+from tests.strategies import given
 
 
 @pytest.fixture
