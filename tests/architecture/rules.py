@@ -14,6 +14,8 @@ LAYERS = (
     {"rehearsal", "checkup"},
     {"runner", "starter", "sweep"},
     {"session"},
+    {"reach"},  # how a run gets at its clients
+    {"hosting"},  # rows, base and memories of one process, for the run itself or behind an engine
     {"folders", "origin", "trouble"},
     {"recipe"},
     {"engine", "evaluation", "report", "account"},
