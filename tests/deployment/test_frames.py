@@ -74,6 +74,10 @@ def test_an_end_in_the_middle_is_a_lost_connection(pair, kept):
 
 
 def test_a_connection_that_stands_still_is_given_up(pair, monkeypatch):
-    monkeypatch.setattr(frames, "STALL", 0.05)
+    left, right = pair
     with pytest.raises(TimeoutError):
-        frames.receive_header(pair[1])
+        frames.receive_header(right, wait=0.01)
+    monkeypatch.setattr(frames, "STALL", 0.01)
+    left.sendall(frames.PREFIX.pack(frames.MAGIC, 2, 4))
+    with pytest.raises(TimeoutError):
+        frames.receive_header(right, wait=None)

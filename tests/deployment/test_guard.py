@@ -14,7 +14,9 @@ import torch
 import fedgraft
 from fedgraft import files, hosting
 from fedgraft.bundle import Bundle
-from fedgraft.deployment.guard import Guard
+from fedgraft.data.example import Example
+from fedgraft.data.partition import ClientData
+from fedgraft.deployment.guard import Guard, rows_behind
 from fedgraft.deployment.site_settings import load_site
 from fedgraft.engine.wire import Frame
 from fedgraft.methods.method import questions
@@ -99,7 +101,9 @@ def test_a_card_and_a_reply_leave_and_are_logged(opened, values, shared):
         ({"questions": ["evaluate"]}, {}, {}, "policy.questions"),
         ({}, {}, {"question": "rows"}, "policy.questions"),
         ({}, {}, {"client": "harbour"}, "name"),
-        ({"min_examples": 15}, {}, {}, "policy.min_examples"),
+        ({"min_examples": 15}, {"training": {"batch_size": 30}}, {}, "policy.min_examples"),
+        ({"min_examples": 3}, {}, {}, "policy.min_examples"),  # one step of two rows
+        ({"min_examples": 2}, {}, {"question": "evaluate"}, "policy.min_examples"),  # of one row
         ({"min_examples": 2}, {"data": {"train_rows": 1}}, {}, "policy.min_examples"),
         ({"bases": ["0" * 64]}, {}, {}, "policy.bases"),
         ({"leaves": ["layers.0"]}, {}, {}, "policy.leaves"),
@@ -289,6 +293,27 @@ def test_nothing_that_arrives_can_be_run():
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         assert not calls & {"eval", "exec", "compile", "__import__", "open"}, name
         assert not imported & {"importlib", "subprocess", "runpy", "ctypes", "flwr"}, name
+
+
+@pytest.mark.parametrize(
+    ("question", "sections", "rows"),
+    [
+        ("", {}, 40),
+        ("graft", {}, 40),
+        ("train", {"training": {"steps": 5, "batch_size": 4}}, 20),
+        ("finish", {"training": {"steps": 5, "batch_size": 4}}, 20),
+        ("train", {"training": {"steps": 5, "batch_size": 4, "least_steps": 2}}, 8),
+        ("train", {"training": {"steps": 5, "batch_size": 64}}, 40),
+        ("evaluate", {"evaluation": {"generate": False}}, 30),
+        ("evaluate", {"evaluation": {"generate": False, "rows": 7}}, 7),
+        ("evaluate", {"evaluation": {"generate_rows": 5}}, 5),
+        ("evaluate", {"evaluation": {"generate": False, "split": "validation"}}, 12),
+    ],
+)
+def test_rows_behind_a_reply(question, sections, rows):
+    row = Example(id="", category="", instruction="", context="", response="")
+    data = ClientData(NAME, train=[row] * 40, validation=[row] * 12, test=[row] * 30)
+    assert rows_behind(question, data, load_recipe(sections)) == rows
 
 
 def test_the_log_is_lines_of_json(opened, values):

@@ -7,8 +7,9 @@ import re
 import pytest
 
 from fedgraft.deployment.place import Place, place_of
-from fedgraft.deployment.site_settings import QUESTIONS, load_site
+from fedgraft.deployment.site_settings import QUESTIONS, PolicySettings, SiteSettings, load_site
 from fedgraft.methods.method import Method, questions
+from tests.run.conftest import ROOT
 
 SITE = "name: north\nmodel: {name: demo}\ndata: {dataset: jsonl, path: rows, partition: files}\n"
 
@@ -108,3 +109,8 @@ def test_the_folders_alone_are_read_without_the_rest(site, tmp_path):
     assert place_of(site("folder: var\nno_such_key: 1\n")).state == tmp_path / "etc" / "var"
     with pytest.raises(ValueError, match="socket: name a folder, this is a int"):
         place_of(site("socket: 7\n"))
+
+
+def test_every_key_is_on_the_page():
+    page = (ROOT / "docs" / "site-policy.md").read_text(encoding="utf-8")
+    assert [key for model in (SiteSettings, PolicySettings) for key in model.model_fields if f"| `{key}` |" not in page] == []

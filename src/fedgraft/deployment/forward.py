@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from fedgraft.deployment import door, frames
 from fedgraft.deployment.place import place_of
@@ -50,7 +50,7 @@ def to_site(*, settings: Path | None = None, socket: Path | None = None) -> Hand
     return handle
 
 
-def status(socket: Path) -> dict[str, object]:
+def status(socket: Path) -> dict[str, Any]:
     """What the worker at this door is doing: `pid`, `fedgraft`, `answered`, `waiting`, and for how long it is `busy`.
 
     Raises:
@@ -81,7 +81,7 @@ def _of_worker(place: Path, request: bytes) -> bytes:
     return answer if header.get("verdict") == "answered" else refused(str(header.get("reason")))
 
 
-def _exchange(place: Path, kind: str, body: bytes) -> tuple[dict[str, object], bytes]:
+def _exchange(place: Path, kind: str, body: bytes) -> tuple[dict[str, Any], bytes]:
     connection, token = door.connect(place)
     with connection:
         with suppress(ConnectionError):  # a question that is too long is answered before it has been sent

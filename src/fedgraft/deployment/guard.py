@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedgraft.bundle import Bundle, Outline
-from fedgraft.data.partition import SAFE_NAME
+from fedgraft.data.partition import SAFE_NAME, ClientData
 from fedgraft.deployment import policy
 from fedgraft.deployment.forward import refused
 from fedgraft.deployment.place import Place
@@ -24,7 +24,7 @@ from fedgraft.deployment.site_settings import SiteSettings
 from fedgraft.engine.wire import Frame
 from fedgraft.hosting import Holdings, Host
 from fedgraft.methods.method import settled
-from fedgraft.recipe import check_values
+from fedgraft.recipe import Recipe, check_values
 from fedgraft.report.record import read_document, write_document
 from fedgraft.tree import Predicate
 
@@ -112,7 +112,7 @@ class Guard:
         self._check_before(asked)
         try:
             holdings = self.host.holdings(asked.frame)
-            response = self._load(asked, holdings) or self._ask(request, holdings)
+            response = self._load(asked, holdings) or self._ask(asked, request, holdings)
         except Refusal:
             raise
         except (ValueError, OSError) as error:
@@ -163,9 +163,10 @@ class Guard:
         self._write("loaded", run=asked.run, base=name, digest=holdings.base.digest, seconds=seconds)
         return None
 
-    def _ask(self, request: bytes, holdings: Holdings) -> Frame:
+    def _ask(self, asked: _Asked, request: bytes, holdings: Holdings) -> Frame:
         """The site's own response, if base and rows are as the policy wants them."""
-        policy.check_site(self.settings.policy, holdings.base.digest, len(holdings.clients[self.settings.name].train))
+        rows = rows_behind(asked.question, holdings.clients[self.settings.name], holdings.recipe)
+        policy.check_site(self.settings.policy, holdings.base.digest, rows)
         return self.host.respond(request)
 
     def _check_after(self, response: Frame, asked: _Asked, holdings: Holdings) -> Outline:
@@ -206,3 +207,13 @@ class Guard:
         self.log.write(verdict, **what)
         shown = (what.get(key) for key in ("run", "request", "question", "base", "reason") if what.get(key))
         self.tell(f"{verdict}: {', '.join(map(str, shown))}" + (f", {what['bytes']} bytes left" if "bytes" in what else ""))
+
+
+def rows_behind(question: str, data: ClientData, recipe: Recipe) -> int:
+    """Fewest rows that a reply may be made of: a round of one step sees one batch, however many rows the client has."""
+    training, evaluation = recipe.training, recipe.evaluation
+    if question == "evaluate":
+        limits = (evaluation.rows, evaluation.generate_rows if evaluation.generate else None)
+        return min([len(getattr(data, evaluation.split)), *(limit for limit in limits if limit is not None)])
+    steps = training.steps if training.least_steps is None else training.least_steps
+    return min(len(data.train), steps * training.batch_size) if question in {"train", "finish"} else len(data.train)

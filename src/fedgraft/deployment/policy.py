@@ -54,7 +54,7 @@ def check_run(policy: PolicySettings, name: str, method: Method, rounds: int) ->
 
 
 def check_site(policy: PolicySettings, base: str, examples: int) -> None:
-    """Whether what the site would train with is what the policy expects: its base model's digest and its number of training rows.
+    """Whether what the site would train with is what the policy expects: its base model's digest and the rows behind a reply.
 
     Raises:
         Refusal: another base model, or too few rows; the number itself is not told.
@@ -62,7 +62,7 @@ def check_site(policy: PolicySettings, base: str, examples: int) -> None:
     if policy.bases is not None and base not in policy.bases:
         raise Refusal("policy.bases", f"the base model here has the digest {base}, which this site does not train on")
     if examples < policy.min_examples:
-        raise Refusal("policy.min_examples", f"fewer than {policy.min_examples} training rows would stand behind the reply")
+        raise Refusal("policy.min_examples", f"fewer than {policy.min_examples} rows would stand behind the reply")
 
 
 def check_question(policy: PolicySettings, question: str, fingerprint: str, spent: Spent) -> None:

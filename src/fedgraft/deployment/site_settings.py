@@ -56,7 +56,7 @@ class PolicySettings(Section):
     rounds: Count | None = None
     """Most training rounds of one run that are answered."""
     min_examples: Count = 1
-    """Fewest training rows that may stand behind a reply."""
+    """Fewest rows that may stand behind a reply: training rows seen in a round, held-out rows behind a figure."""
     bases: Names | None = None
     """Digests of the base models that may be trained on (none: any); a run's `environment.json` and the site's log show them."""
     privacy: PrivacySettings = PrivacySettings()
