@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedgraft import __version__
+from fedgraft.address import place_of
+from fedgraft.bundle import Bundle
 from fedgraft.data.partition import SAFE_NAME, ClientData, check_rows, data_digest, load_clients, pooled, split_rows, training_counts
 from fedgraft.engine.card import Card
 from fedgraft.engine.site import Site
@@ -99,7 +103,7 @@ class Holdings:
         """
         method = settled(self.method, self.base, self.recipe.lora, list(names))
         return Site(
-            questions=site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends),
+            questions=site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends) | {"router": _router},
             open_client=self.open,
             store=MemoryStore(self.memories),
         )
@@ -128,8 +132,15 @@ class Holdings:
             base_digest=self.base.digest,
             base_notes=tuple(self.base.notes),
             device=str(self.base.device),
+            threads=torch.get_num_threads(),
             fedgraft=__version__,
         )
+
+
+def _router(client: Client, package: Bundle) -> Bundle:
+    """The pretrained rows of the routers, which a coordinator without weights cannot copy."""
+    fresh = client.model.fresh_adapters(client.seed)
+    return Bundle(trees={"router": {key: leaf for key, leaf in fresh.items() if place_of(key) == "router"}})
 
 
 @dataclass
@@ -176,7 +187,7 @@ class Host:
             return Frame(kind="refused", facts={"reason": f"out of memory ({(str(error).splitlines() or ['no more is known'])[0][:200]})"})
 
     def _join(self, frame: Frame, partition: int | None) -> Frame:
-        holdings = self._holdings(frame)
+        holdings = self.holdings(frame)
         names = sorted(holdings.clients)
         if partition is None and len(names) > 1:
             raise ValueError(
@@ -192,7 +203,7 @@ class Host:
         return Frame(kind="card", facts={"card": card.as_facts()})
 
     def _ask(self, frame: Frame, partition: int | None) -> Frame:
-        facts, holdings = frame.facts, self._holdings(frame)
+        facts, holdings = frame.facts, self.holdings(frame)
         if facts["client"] not in holdings.clients:
             raise ValueError(f"client {facts['client']!r} is not at this site, which holds {', '.join(sorted(holdings.clients))}")
         key = (holdings, tuple(facts["clients"]))
@@ -207,8 +218,12 @@ class Host:
         self._held = self._site = None
         return Frame(kind="left")
 
-    def _holdings(self, frame: Frame) -> Holdings:
-        """What is held for the run of a request; that of another run is dropped, its memories stay on disk."""
+    def holdings(self, frame: Frame) -> Holdings:
+        """What is held for the run of a request; that of another run is dropped, its memories stay on disk.
+
+        Raises:
+            ValueError: the run's id is no name for a folder, or the recipe or the rows cannot be read.
+        """
         run, values = str(frame.facts["run"]), frame.facts["recipe"]
         if not SAFE_NAME.fullmatch(run):
             raise ValueError(f"the run's id {run!r} cannot name a folder")
@@ -222,3 +237,22 @@ class Host:
         """A recipe with the site's own keys in the place of the coordinator's."""
         sections = {"model": self.model, "data": self.data}
         return {**values, **{name: {**values.get(name, {}), **own} for name, own in sections.items()}}
+
+
+@dataclass(frozen=True)
+class HostHere:
+    """A `Host.handle` that can be sent to another process of this machine; there, one host answers for all clients of a run folder."""
+
+    folder: str
+    threads: int
+    """Torch threads, where the recipe names no number."""
+
+    def __call__(self, request: bytes, partition: int | None) -> bytes:
+        """The response to a request."""
+        return _host(self).handle(request, partition)
+
+
+@cache
+def _host(here: HostHere) -> Host:
+    torch.set_num_threads(here.threads)
+    return Host(memories=lambda run: Path(here.folder) / "clients")

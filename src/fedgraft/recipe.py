@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from pydantic import ConfigDict, Field, ValidationError, validate_call
 
@@ -14,6 +14,7 @@ from fedgraft.address import everything
 from fedgraft.aggregation.merges import MEANS
 from fedgraft.aggregation.settings import FederationSettings
 from fedgraft.data.settings import DataSettings
+from fedgraft.engine.settings import EngineSettings, InProcessSettings
 from fedgraft.evaluation.cross import check_cross
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.grafts.lora import LoraSettings
@@ -39,13 +40,6 @@ class MethodSettings(Section):
     """A file in the methods folder; `fedgraft list methods` shows them."""
 
 
-class EngineSettings(Section):
-    """Where clients run."""
-
-    name: Literal["inprocess"] = "inprocess"
-    """`inprocess`: all clients in this process, one base model in memory."""
-
-
 class Recipe(Section):
     """Everything that decides a run."""
 
@@ -58,7 +52,7 @@ class Recipe(Section):
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
-    engine: EngineSettings = EngineSettings()
+    engine: EngineSettings = InProcessSettings()
     seed: int = Field(default=0, ge=0)
     """Every random stream derives from it."""
 
@@ -76,9 +70,10 @@ class Recipe(Section):
         known = list(inspect.signature(build).parameters)
         for option in options:
             if option not in known:
-                listed = ", ".join(known) or "none"
+                listed, others = ", ".join(known) or "none", ", ".join(methods_with(option))
                 raise ValueError(
                     f"method.{option}: {self.method.name!r} has no such option{plugins.nearest(option, known)}; its options: {listed}"
+                    + (f"; methods with that option: {others}" if others else "")
                 )
         try:
             method = validate_call(build)(**options)
@@ -130,6 +125,11 @@ class Recipe(Section):
         if self.model.name != EMBEDDED and Path(self.model.name).expanduser().is_dir():
             parts["model"] = self.model.model_copy(update={"name": _resolved(self.model.name)})
         return self.model_copy(update=parts)
+
+
+def methods_with(option: str) -> list[str]:
+    """The methods that have an option of this name."""
+    return [name for name in plugins.names("method") if option in inspect.signature(plugins.load("method", name).build).parameters]
 
 
 def _resolved(path: str) -> str:
@@ -189,6 +189,12 @@ def check_values(values: dict[str, Any], where: str) -> Recipe:
     """
     if found := [section for section in SWEEP_SECTIONS if section in values]:
         raise ValueError(f"{where}: {found[0]}: this is a sweep, many runs from one file; start it with: fedgraft sweep {where}")
+    lora = values.get("lora")
+    if isinstance(lora, dict) and isinstance(lora.get("rank"), (list, dict)):
+        listed = ", ".join(methods_with("ranks"))
+        raise ValueError(
+            f"{where}: lora.rank: one number for all clients; a rank for each is method.ranks, which these methods have: {listed}"
+        )
     try:
         return Recipe.model_validate({section: value for section, value in values.items() if value is not None})
     except ValidationError as error:
@@ -239,22 +245,30 @@ def assign(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return result
 
 
-def explain(error: ValidationError, place: str = "") -> str:
-    """One line per problem, naming the key (`place` stands before it), the nearest known key and the allowed values."""
+def explain(error: ValidationError, place: str = "", root: type[Section] | None = None) -> str:
+    """One line per problem: the key (`place` stands before it), the nearest known one (of `root`, else a recipe), the allowed values."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            known = _known_keys(tuple(problem["loc"][:-1]))
+            known = _known_keys(tuple(problem["loc"][:-1]), root or Recipe)
             lines.append(f"unknown key {key!r}{plugins.nearest(str(problem['loc'][-1]), known)}; there are: {', '.join(known)}")
+        elif problem["type"] == "union_tag_invalid":
+            tag, expected = problem["ctx"]["discriminator"].strip("'"), problem["ctx"]["expected_tags"]
+            lines.append(f"{place}{key}.{tag}: there is no {problem['ctx']['tag']!r}; choose one of {expected}")
         else:
             lines.append(f"{place}{key}: {problem['msg']} (got {problem['input']!r})")
     return "\n".join(lines)
 
 
-def _known_keys(sections: tuple[Any, ...]) -> list[str]:
-    model: Any = Recipe
+def _known_keys(sections: tuple[Any, ...], root: type[Section]) -> list[str]:
+    model: Any = root
     for section in sections:
-        choices = {choice.model_fields["rule"].default: choice for choice in get_args(model)}  # of a section that comes in kinds
+        choices = _kinds(model)
         model = choices[section] if choices else model.model_fields[section].annotation
     return list(model.model_fields)
+
+
+def _kinds(model: Any) -> dict[str, Any]:
+    """The kinds of a section that comes in kinds, by the value of their first key, which tells them apart."""
+    return {next(iter(kind.model_fields.values())).default: kind for kind in get_args(model)}

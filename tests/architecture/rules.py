@@ -10,6 +10,7 @@ from pathlib import PurePath
 # Highest layer first. A module imports from lower rows, from its own part (cli, runner, grafts, ...), and within its row as BESIDE says.
 LAYERS = (
     {"cli"},
+    {"deployment"},
     {"rehearsal", "checkup"},
     {"runner", "starter", "sweep"},
     {"session"},

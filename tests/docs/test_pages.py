@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from fedgraft.deployment.site_settings import SiteSettings
 from fedgraft.recipe import Recipe, load_recipe
 from fedgraft.settings import Section
 from fedgraft.yaml_text import read_yaml
@@ -50,7 +51,9 @@ def test_named_keys_and_commands_exist(page):
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)
 def test_recipes_on_the_page_are_valid(page):
     for block in blocks(page):
-        if block.language == "yaml":
+        if block.title == "site.yaml":
+            SiteSettings.model_validate(read_yaml(block.text, f"{page.name}, line {block.line}"))
+        elif block.language == "yaml":
             load_recipe(read_yaml(block.text, f"{page.name}, line {block.line}"))
 
 

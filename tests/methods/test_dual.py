@@ -13,8 +13,7 @@ from fedgraft.recipe import load_recipe
 from fedgraft.runner import run as run_recipe
 from fedgraft.seeds import numpy_rng
 from fedgraft.tree import equal
-from tests.methods.harness import ROWS
-from tests.methods.options import answers, begin, sent_addresses, with_options
+from tests.methods.harness import ROWS, answers, begin, sent_addresses
 from tests.methods.test_identities import LR
 
 KEPT = {"federation": {"clients_per_round": 2}, "training": {"optimizer_state": "kept"}}
@@ -22,7 +21,7 @@ IDS = torch.arange(24).reshape(2, 12)
 
 
 def logits(run, tree):
-    model = run.session.model
+    model = run.session.reach.holdings.model
     with model.using(tree, []), torch.no_grad():
         return model.base.model(IDS).logits
 
@@ -58,8 +57,8 @@ def test_feddpa_ts_own_adapter_trains_beside_the_received_leaves(place, tmp_path
     run = begin(
         place, tmp_path, "feddpa", {"variant": "T", "mix": 0.3}, clients=("ada",), federation={"rounds": 2}, training={"lr_min": LR}
     ).go()
-    client = run.session._open_client("ada")
-    shared, own = run.session.model.fresh_adapters(0), as_own(run.session.model.fresh_adapters(0))
+    client = run.session.reach.holdings.open("ada")
+    shared, own = run.session.reach.holdings.model.fresh_adapters(0), as_own(run.session.reach.holdings.model.fresh_adapters(0))
     for number in (0, 1):
         own = client.fit(own, round_number=number, lr=LR, fixed=shared | {MIX: torch.tensor(0.3)}).tree
         shared = client.fit(shared, round_number=number, lr=LR).tree
@@ -71,12 +70,12 @@ def test_feddpa_ts_own_adapter_trains_beside_the_received_leaves(place, tmp_path
 def test_feddpas_shares_are_mean_cosines_of_last_states(place, tmp_path, instances):
     """One prompt at a time, from the hidden states that transformers gives."""
     run = begin(place, tmp_path, "feddpa", {"variant": "T", "scale": 0.8, "instances": instances}).go()
-    client, base = run.session._open_client("bo"), run.session.model.base
+    client, base = run.session.reach.holdings.open("bo"), run.session.reach.holdings.model.base
     own = as_first(run.memory("bo").tree("personal"))
 
     def state(example):
         ids = prompt_ids(example, base.tokenizer, client.data_settings.template, client.data_settings.max_length)
-        with run.session.model.using(own, []), torch.no_grad():
+        with run.session.reach.holdings.model.using(own, []), torch.no_grad():
             return ids, base.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1].double()
 
     drawn = numpy_rng(client.seed, "instances", "bo").permutation(client.examples)[:instances]
@@ -104,7 +103,7 @@ def test_a_cosine_below_zero_gives_no_share(place, tmp_path, monkeypatch):
 @pytest.mark.parametrize("options", [{"variant": "G"}, {"scale": 1.1}, {"instances": 0}, {"share": -0.1}, {"rounds": 0}, {"lr": 0}])
 def test_feddpas_options_are_checked(place, options):
     with pytest.raises(ValueError, match=f"method.{next(iter(options))}: Input should be"):
-        load_recipe(with_options(place, "feddpa", options))
+        load_recipe(place.recipe("feddpa", options=options))
 
 
 # FDLoRA
@@ -132,8 +131,8 @@ def test_the_own_lora_starts_anew_from_the_received_one(place, tmp_path):
     run = begin(
         place, tmp_path, "fdlora", {"sync": 2, "weights": [1, 0]}, clients=("ada",), federation={"rounds": 4}, training={"lr_min": LR}
     ).go()
-    client = run.session._open_client("ada")
-    shared = own = run.session.model.fresh_adapters(0)
+    client = run.session.reach.holdings.open("ada")
+    shared = own = run.session.reach.holdings.model.fresh_adapters(0)
     momentum = {key: torch.zeros_like(leaf, dtype=torch.float64) for key, leaf in shared.items()}
     for number in range(4):
         own = client.fit(shared if number == 2 else own, round_number=number, lr=LR).tree
@@ -149,7 +148,7 @@ def test_fused_are_the_factors(place, tmp_path):
     """A router's rows, trained in full, keep their pretrained part."""
     run = begin(place, tmp_path, "fdlora", {"weights": [0.6, 0.7]}, federation={"rounds": 1}, lora={"targets": ["q", "router"]}).go()
     own, found = as_first(run.memory("cy").tree("personal")), answers(run, "cy")["personal"].tree
-    fresh = run.session.model.fresh_adapters(0)
+    fresh = run.session.reach.holdings.model.fresh_adapters(0)
     for key, leaf in found.items():
         base = fresh[key] if "router" in key else 0
         torch.testing.assert_close(leaf, base + 0.6 * (run.state[key] - base) + 0.7 * (own[key] - base), rtol=1e-5, atol=1e-6)
@@ -169,7 +168,7 @@ def test_the_weights_are_the_best_found_on_validation_rows(place, tmp_path):
     run.session.engine.open_client = sealed
     run.go()
     for name in ROWS:
-        client, shared = run.session._open_client(name), run.state
+        client, shared = run.session.reach.holdings.open(name), run.state
         own, (g, p) = as_first(run.memory(name).tree("personal")), run.memory(name).facts["weights"]
         assert equal(answers(run, name)["personal"].tree, {key: g * leaf + p * own[key] for key, leaf in shared.items()})
 

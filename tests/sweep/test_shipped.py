@@ -59,3 +59,16 @@ def test_data_can_be_drawn(name):
         assert all(client.train and client.test for client in clients)
         if recipe.data.partition == "dirichlet":
             assert [len(client.train) for client in clients] == [100] * 10
+
+
+def test_methods_are_compared_with_settings_that_were_tried_on_validation_rows():
+    tried = [point.recipe for name in ("dolly_tuning", "dolly_tuning_server") for point in plan(name)]
+    options = {(recipe.method.name, recipe.training.lr, str(recipe.complete()["method"])) for recipe in tried}
+    budget = Counter(recipe.method.name for recipe in tried)
+    assert set(budget.values()) == {3}
+    for name in ("dolly_methods", "dolly_dirichlet", "federation_pays", "flex_ablations"):
+        for point in plan(name):
+            recipe = point.recipe
+            used = (recipe.method.name, recipe.training.lr, str(recipe.complete()["method"]))
+            assert name == "flex_ablations" or used in options, point.name
+            assert recipe.training.lr in {lr for method, lr, _ in options if method == recipe.method.name}, point.name

@@ -73,7 +73,7 @@ def gather(
     told = answers("evaluate", clients)
     found: dict[str, Any] = {"split": settings.split, "clients": {name: reply.facts["models"] for name, reply in told.items()}}
     if settings.experts:
-        found["experts"] = {name: reply.facts["experts"] for name, reply in told.items()}
+        found["experts"] = {name: reply.facts["expert_figures"] for name, reply in told.items()}
     if unseen:
         found["unseen"] = {name: reply.facts["unseen"] for name, reply in answers("evaluate_unseen", unseen).items()}
     if settings.cross:

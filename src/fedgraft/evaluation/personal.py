@@ -53,7 +53,7 @@ def evaluate_client(method: Method, client: Client, package: Bundle, settings: E
     rows = evaluation_rows(client, settings)
     results, lines = measure(client, wanted_models(models, settings), rows, settings)
     keep(client.name, lines)
-    experts = {"experts": expert_figures(client, models["personal"], rows)} if settings.experts else {}
+    experts = {"expert_figures": expert_figures(client, models["personal"], rows)} if settings.experts else {}
     return Bundle(facts={"models": results, **experts})
 
 

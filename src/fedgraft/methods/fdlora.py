@@ -69,6 +69,7 @@ def build(
         leaves=twice,
         personal=own_leaves,
         local=restarted(sync),
+        passes=2,
         step=nesterov(beta=beta, lr=server_lr),
         finalize=None if weights else ask_all_to_finish,
         fresh=with_second,

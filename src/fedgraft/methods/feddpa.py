@@ -63,7 +63,7 @@ def build(
 
     settle = on_linear_layers()
     if variant == "T":
-        return Method(settle=settle, leaves=twice, personal=own_leaves, fresh=with_second, local=beside(mix), answer=answer)
+        return Method(settle=settle, leaves=twice, personal=own_leaves, fresh=with_second, local=beside(mix), answer=answer, passes=2)
     return Method(
         settle=settle,
         leaves=twice,

@@ -143,8 +143,11 @@ def fresh_leaves(method: Method, client: Client) -> Tree:
 
 def train_round(method: Method, client: Client, package: Bundle) -> Bundle:
     """Train shared and personal leaves together; remember both, send the shared ones but residuals, which stay as they came."""
-    if "side" in method.places and not client.experts:  # it was away when the others chose
-        method.graft(method, client, package)
+    chosen: dict[str, Fact] = {}
+    if "side" in method.places:
+        if not client.experts:  # it was away when the others chose
+            chosen = method.graft(method, client, package).facts
+        chosen = {"experts": client.experts, **chosen}  # told in every round, since any reply may be lost
     start = combine(package.tree("shared"), personal_leaves(method, client))
     round_number, lr = package.facts["round"], package.facts["lr"]
     assert isinstance(round_number, int)
@@ -159,6 +162,7 @@ def train_round(method: Method, client: Client, package: Bundle) -> Bundle:
         "tokens": result.tokens,
         "seconds": result.seconds,
         "truncated": client.truncated,
+        **chosen,
     }
     return Bundle(trees={"shared": partition(shared, is_residual)[1]}, facts=facts)
 
@@ -221,6 +225,10 @@ class Method:
     """One site holds all clients' training rows, which leave them; each client is evaluated on its own rows as ever."""
     wire_copies: int = 1
     """Numbers that travel each way for every shared one."""
+    down: Callable[[Shapes], Shapes] = unchanged
+    """What the server sends for the shared leaves, at its largest; a client sends the shared leaves themselves."""
+    passes: int = 1
+    """Times that a client goes over the batches of a round, forward and backward."""
     needs_mean: str = ""
     """Why its replies must be averaged; empty: `federation.merge` may set another rule in the place of a mean."""
     settle: Callable[[Method, Surroundings], Method] = as_built

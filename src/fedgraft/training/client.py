@@ -158,7 +158,8 @@ class MemoryStore:
     """Client memories on disk: `<folder>/<client>/memory-<version>.safetensors`.
 
     Version v is what the client knew after ask number v - 1. The newest version that the coordinator has committed is kept beside newer
-    ones, so a coordinator that went back to its last commit finds the memory that belongs to it.
+    ones, so a coordinator that went back to its last commit finds the memory that belongs to it; and so is the one that the newest came
+    from, so that a question whose reply was lost can be asked again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -173,7 +174,7 @@ class MemoryStore:
         """Write one version; drop those that neither the commit nor this write needs."""
         memory.save(self._path(client, version))
         versions = self.versions(client)
-        needed = {version, max((old for old in versions if old <= committed), default=version)}
+        needed = {version, *(max((old for old in versions if old <= most), default=version) for most in (committed, version - 1))}
         for old in versions:
             if old not in needed:
                 self._path(client, old).unlink()
