@@ -36,7 +36,7 @@ bench: $(READY) ## Compare a round with a plain PyTorch loop, and memory with 20
 	$(BIN)/python benchmarks/report.py
 
 docs: $(READY) ## Write the generated pages of docs/ and build the site in build/site
-	$(BIN)/python tools/docs/reference.py
+	$(BIN)/python -m tools.docs.reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 venv: $(READY) ## Make or refresh .venv with the tested versions

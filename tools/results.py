@@ -1,9 +1,11 @@
 """Summarise runs over seeds into a section of docs/results.md.
 
     python tools/results.py --section main-job runs/main/*
+    python tools/results.py --section rows --pivot data.train_rows --figure loss runs/rows/*
 
-Runs that differ only in their seed are one row. Every figure is mean ± sample standard deviation over seeds of the mean over clients of
-the `personal` model on the split the runs were evaluated on. The text between the section's markers is replaced.
+Runs that differ only in their seed are one row; with `--pivot` the values of one recipe key are the columns of a table of one figure.
+Every figure is mean ± sample standard deviation over seeds of the mean over clients of the `personal` model on the split the runs were
+evaluated on. The text between the section's markers is replaced.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from fedgraft.report.table import FIGURES, cost
 DOCUMENT = Path("docs/results.md")
 
 
-def differences(recipes: list[dict[str, Any]]) -> list[str]:
-    """A label per recipe: the method and every setting, seed and evaluation excepted, in which the recipes differ."""
+def differences(recipes: list[dict[str, Any]], pivot: str = "") -> list[str]:
+    """A label per recipe: the method and every setting, seed, evaluation and `pivot` excepted, in which the recipes differ."""
     flat = [dict(_flatten(recipe)) for recipe in recipes]
-    skipped = {"seed", "method.name"}
+    skipped = {"seed", "method.name", pivot}
     keys = sorted(key for key in {key for values in flat for key in values} - skipped if not key.startswith("evaluation."))
     labels = []
     for values in flat:
@@ -75,6 +77,29 @@ def section(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def pivoted(records: list[Record], key: str, figure: str) -> str:
+    """A Markdown table of one figure: a row per method and further settings, a column per value of the recipe's `key`."""
+    groups: dict[tuple[str, Any], list[float]] = defaultdict(list)
+    base: dict[Any, list[float]] = defaultdict(list)
+    labels = differences([record.recipe for record in records], key)
+    for label, record in zip(labels, records, strict=True):
+        value = dict(_flatten(record.recipe))[key]
+        if found := record.figures("personal", figure):
+            groups[label, value].append(summary(found, True)["mean"])
+        if found := record.figures("base", figure):
+            base[value].append(summary(found, True)["mean"])
+    columns, digits = sorted({value for _, value in groups}), FIGURES[figure][2]
+    seeds = {len(values) for values in groups.values()}
+    head = f"{FIGURES[figure][0]}, {' or '.join(map(str, sorted(seeds)))} seeds, by {key}"
+    lines = [f"| {head} | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = [("base", base)] if base else []
+    rows += [(label, {value: groups[label, value] for value in columns if (label, value) in groups}) for label in dict.fromkeys(labels)]
+    for label, by_value in rows:
+        cells = [spread(by_value[value], digits) if by_value.get(value) else "-" for value in columns]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,8 +107,11 @@ def main() -> None:
     parser.add_argument(
         "--section", required=True, help="name of the markers <!-- NAME: begin --> and <!-- NAME: end --> in docs/results.md"
     )
+    parser.add_argument("--pivot", metavar="KEY", help="a recipe key whose values are the columns, such as data.train_rows")
+    parser.add_argument("--figure", default="loss", choices=sorted(FIGURES), help="what a table with --pivot shows")
     options = parser.parse_args()
-    table = section([Record.load(folder) for folder in options.runs])
+    records = [Record.load(folder) for folder in options.runs if (folder / "results.json").is_file()]
+    table = pivoted(records, options.pivot, options.figure) if options.pivot else section(records)
     begin, end = f"<!-- {options.section}: begin -->", f"<!-- {options.section}: end -->"
     text = DOCUMENT.read_text(encoding="utf-8")
     if begin not in text or end not in text:

@@ -7,7 +7,7 @@ B [out, rank]), `weight` and `bias` (trained in full), and `residual`: a frozen 
 never written into the base, dense [out, in] or as a stacked pair `residual.A` [R, in], `residual.B` [out, R], with any scale folded in.
 
 A client may hold a second leaf beside a leaf: `layers.<l>.own.<the rest>`, as in `layers.3.own.attention.q.A`. A second pair at a
-projection is added to the first; with the scalar `own.mix` = m among the leaves, the first counts 1 - m and the second m.
+projection is added to the first; with `own.mix` = m among the leaves, the first counts 1 - m and the second m.
 
 `<l>` counts the decoder layers of the model, dense ones included.
 """
@@ -20,7 +20,7 @@ from typing import TypeVar
 from fedgraft.tree import Predicate
 
 MIX = "own.mix"
-"""Address of the share [] of the second pairs; the first pairs have the rest."""
+"""Address of the share of the second pairs, [] or, for prediction, one for each row of the batch [B]; the first pairs have the rest."""
 Value = TypeVar("Value")
 
 

@@ -24,7 +24,7 @@ from fedgraft.moe.family import Anatomy
 from fedgraft.moe.memory import needed_by, room_for
 from fedgraft.moe.skeleton import is_local, skeleton
 from fedgraft.moe.tokenizer import load_tokenizer
-from fedgraft.recipe import Recipe, load_recipe, shipped
+from fedgraft.recipe import Recipe, load_recipe, shipped_names
 from fedgraft.words import size
 
 RECIPE_FILES = (".yaml", ".yml")
@@ -101,7 +101,7 @@ def check_up(target: str | None = None, overrides: list[str] | None = None, fold
 
 
 def _is_recipe(target: str | None) -> bool:
-    return target is None or Path(target).suffix in RECIPE_FILES or (shipped() / f"{target}.yaml").is_file()
+    return target is None or Path(target).suffix in RECIPE_FILES or str(target) in shipped_names()
 
 
 @contextmanager

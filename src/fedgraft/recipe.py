@@ -69,9 +69,10 @@ class Recipe(Section):
         known = list(inspect.signature(build).parameters)
         for option in options:
             if option not in known:
-                listed = ", ".join(known) or "none"
+                listed, others = ", ".join(known) or "none", ", ".join(methods_with(option))
                 raise ValueError(
                     f"method.{option}: {self.method.name!r} has no such option{plugins.nearest(option, known)}; its options: {listed}"
+                    + (f"; methods with that option: {others}" if others else "")
                 )
         try:
             method = validate_call(build)(**options)
@@ -122,6 +123,11 @@ class Recipe(Section):
         if self.model.name != EMBEDDED and Path(self.model.name).expanduser().is_dir():
             parts["model"] = self.model.model_copy(update={"name": _resolved(self.model.name)})
         return self.model_copy(update=parts)
+
+
+def methods_with(option: str) -> list[str]:
+    """The methods that have an option of this name."""
+    return [name for name in plugins.names("method") if option in inspect.signature(plugins.load("method", name).build).parameters]
 
 
 def _resolved(path: str) -> str:
@@ -181,6 +187,12 @@ def check_values(values: dict[str, Any], where: str) -> Recipe:
     """
     if found := [section for section in SWEEP_SECTIONS if section in values]:
         raise ValueError(f"{where}: {found[0]}: this is a sweep, many runs from one file; start it with: fedgraft sweep {where}")
+    lora = values.get("lora")
+    if isinstance(lora, dict) and isinstance(lora.get("rank"), (list, dict)):
+        listed = ", ".join(methods_with("ranks"))
+        raise ValueError(
+            f"{where}: lora.rank: one number for all clients; a rank for each is method.ranks, which these methods have: {listed}"
+        )
     try:
         return Recipe.model_validate({section: value for section, value in values.items() if value is not None})
     except ValidationError as error:
@@ -190,6 +202,16 @@ def check_values(values: dict[str, Any], where: str) -> Recipe:
 def shipped() -> Path:
     """The folder of the shipped recipes."""
     return Path(__file__).parent / "assets" / "recipes"
+
+
+def shipped_names() -> list[str]:
+    """The names of the shipped recipes; those in subfolders as `folder/name`."""
+    return sorted(path.relative_to(shipped()).with_suffix("").as_posix() for path in shipped().rglob("*.yaml"))
+
+
+def about(name: str) -> str:
+    """What a shipped recipe is for: the first line of its file."""
+    return files.read_text(shipped() / f"{name}.yaml").partition("\n")[0].removeprefix("# ")
 
 
 def find_recipe(source: str | Path | None) -> Path:
@@ -203,10 +225,9 @@ def find_recipe(source: str | Path | None) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    named = shipped() / f"{source}.yaml"
-    if named.is_file():
-        return named
-    known = sorted(entry.stem for entry in shipped().glob("*.yaml"))
+    known = shipped_names()
+    if str(source) in known:
+        return shipped() / f"{source}.yaml"
     raise ValueError(f"{source}: no such recipe file{plugins.nearest(str(source), known)}; shipped recipes: {', '.join(known)}")
 
 

@@ -26,7 +26,7 @@ from fedgraft.reach import Connect, connecting
 from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
 from fedgraft.report.progress import Progress
-from fedgraft.report.record import Record, write_document
+from fedgraft.report.record import CHOICE, Record, keep_finish, read_document, write_document
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
 from fedgraft.tree import digest_of_digests
@@ -190,8 +190,7 @@ class Session:
         if "side" in self.method.places:
             self._begin("selection", len(self.server.present()))
         self.method.open(self.method, self.server, self._ask)
-        if self.replies:
-            write_document(self.folder / "selection.json", {"clients": self.replies})
+        self._keep_choices()
         self._commit()
         self.opened = True
 
@@ -202,6 +201,7 @@ class Session:
         self.engine.traffic.down = self.engine.traffic.up = 0
         lr = self.server.round_lr()
         self.method.round(self.method, self.server, self._ask)
+        self._keep_choices()
         self.late = []
         if self.failures and not self.replies:
             why = "\n".join(self.failures.values())
@@ -231,8 +231,29 @@ class Session:
     def _finalize(self) -> None:
         if self.method.finalize is not None and self.server.state.facts.get("finalized") != self.server.round:
             self._begin("finishing", len(self.reach.sites))
+            self.replies, began = {}, time.perf_counter()
+            self.engine.traffic.down = self.engine.traffic.up = 0
             self.method.finalize(self.method, self.server, self._ask)
+            keep_finish(
+                self.folder,
+                {
+                    "round": self.server.round,
+                    "seconds": round(time.perf_counter() - began, 4),
+                    "tokens": sum(facts.get("tokens", 0) for facts in self.replies.values()),
+                    "bytes_down": self.engine.traffic.down,
+                    "bytes_up": self.engine.traffic.up,
+                },
+            )
             self._commit(finalized=self.server.round)
+
+    def _keep_choices(self) -> None:
+        """Add to the record what clients chose that are not in it yet; one that joined late chooses when it first trains."""
+        path = self.folder / "selection.json"
+        known = read_document(path).get("clients", {})
+        told = {name: facts for name, facts in self.replies.items() if facts.get("experts") and name not in known}
+        if told:
+            chosen = {name: {key: facts[key] for key in CHOICE if key in facts} for name, facts in told.items()}
+            write_document(path, {"clients": known | chosen})
 
     def _commit(self, **further: Any) -> None:
         facts = {**self.server.state.facts, "round": self.server.round, "asked": self.engine.asked, **further}

@@ -15,3 +15,5 @@ class Section(BaseModel):
 
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 """The share of a running mean that is kept; an option of many methods."""
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+"""A part of a whole."""

@@ -14,7 +14,7 @@ from fedgraft.account.take import Account, summary
 from fedgraft.grafts.graft import GraftedModel
 from fedgraft.grafts.lora import LoraSettings
 from fedgraft.grafts.side_expert import GraftSettings
-from fedgraft.methods import ditto, fedavg, fedper, ffa_lora, local
+from fedgraft.methods import apfl, ditto, fedavg, fedex_lora, fedper, ffa_lora, flora, local
 from fedgraft.methods.method import Method, settled
 from fedgraft.tree import digest
 from tests.account.conftest import full_size
@@ -69,7 +69,7 @@ def test_sizes(name: str, counted: Count) -> None:
     assert 2 * pairs / 1e6 == pytest.approx(fused_pairs, abs=0.05)
     third = sum(16 * site.inputs_width for site in full_size(name).sites)  # a pair more has one more A [16, H]
     assert account.personal.places["side"] == pairs + third + gates
-    assert account.bytes_each_way("bf16") / 1e6 == pytest.approx(attention, abs=0.051)
+    assert account.bytes_up("bf16") / 1e6 == pytest.approx(attention, abs=0.051)
     assert account.compute.selection / 1e9 == pytest.approx(selection, abs=0.05)
     assert account.compute.routed / 1e9 == pytest.approx(routed, abs=0.06 if routed > 10 else 0.005)
 
@@ -79,8 +79,8 @@ def test_the_papers_model(counted: Count) -> None:
     name = "qwen1.5-moe-a2.7b"
     account = counted(name)
     assert account.shared.total == 24 * 3 * 2 * 32 * 2048 == 9_437_184
-    assert account.bytes_each_way() == 37_748_736
-    assert account.bytes_each_way("bf16") == 18_874_368
+    assert account.bytes_up() == account.bytes_down() == 37_748_736
+    assert account.bytes_up("bf16") == 18_874_368
     pairs = 24 * 3 * 32 * (2048 + 1408)
     assert pairs == 7_962_624
     assert account.personal.total == pairs + 24 * 2048  # and the gates
@@ -94,6 +94,41 @@ def test_the_papers_model(counted: Count) -> None:
     assert text["travels"] == "9.44 M parameters (attention LoRA), 37.7 MB fp32 each way per client and round (bf16: 18.9 MB)"
     assert text["stays"] == "grafted experts 8.01 M on the client"
     assert "q, k, v; 1 grafted expert in each of 24 layers" in text["trains"]
+
+
+DENSE = 24 * 3 * 2048 * 2048 * 4
+"""Bytes of a residual at q, k and v."""
+EACH = "37.7 MB fp32 each way per client and round (bf16: 18.9 MB)"
+
+
+@pytest.mark.parametrize(
+    ("method", "down", "travels", "trains"),
+    [
+        (
+            fedex_lora.build(),
+            37_748_736 + DENSE,
+            "37.7 MB fp32 up and at most 1.25 GB down per client and round (bf16: 18.9 MB up and at most 623 MB down)",
+            None,
+        ),
+        (
+            flora.build(),
+            DENSE,
+            "37.7 MB fp32 up and at most 1.21 GB down per client and round (bf16: 18.9 MB up and at most 604 MB down)",
+            None,
+        ),
+        (ditto.build(), 37_748_736, EACH, "in 2 passes over the batches of a round"),
+        (apfl.build(mix_lr=0.1), 37_748_736, EACH, "in 3 passes over the batches of a round"),
+    ],
+)
+def test_the_screen_counts_residuals_down_and_further_passes(
+    counted: Count, method: Method, down: int, travels: str, trains: str | None
+) -> None:
+    account = counted("qwen1.5-moe-a2.7b", method=method)
+    said = dict(summary(account))
+    assert said["travels"] == f"9.44 M parameters (attention LoRA), {travels}"
+    assert said.get("") == trains
+    assert account.bytes_up() == 37_748_736
+    assert account.bytes_down() == down
 
 
 def test_flops_of_a_forward(counted: Count) -> None:

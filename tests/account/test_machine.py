@@ -45,5 +45,7 @@ def test_forecast_is_flops_by_rate(counted: object) -> None:
     compute = account.compute
     assert plan.round == 4 * 1000 * (2 * compute.grafted + compute.adapters + compute.graft) / 0.5e15
     assert plan.selection == 8 * 100 * (compute.base + compute.selection) / 0.5e15
+    twice = forecast(replace(account, passes=2), 1e15, clients=8, per_round=4, rounds=10, tokens=1000, calibration=100)
+    assert (twice.round, twice.selection) == (2 * plan.round, plan.selection)
     assert plan.total == plan.selection + 10 * plan.round
     assert probe_rate(torch.device("cpu"), torch.float32) > 0

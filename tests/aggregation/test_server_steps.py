@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from fedgraft.aggregation.server_steps import accumulated, adaptive, decayed, momentum, replace, signed
+from fedgraft.aggregation.server_steps import accumulated, adaptive, decayed, momentum, nesterov, replace, signed
 from fedgraft.bundle import Bundle
 from fedgraft.tree import equal
 from tests.strategies import ADDRESSES, given
@@ -33,6 +33,16 @@ def after(step, changes):
     assert all(OTHER not in tree for name, tree in now.trees.items() if name != "shared")
     assert {leaf.dtype for name, tree in now.trees.items() for leaf in tree.values() if name != "shared"} <= {torch.float64}
     return now.tree("shared")[KEY].item()
+
+
+@given(CHANGES, st.sampled_from([0.0, BETA]))
+def test_nesterovs_step_is_torchs_on_the_change_as_the_negative_gradient(changes, beta):
+    leaf = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([leaf], lr=LR, momentum=beta, nesterov=beta > 0)
+    for change in changes:
+        leaf.grad = torch.tensor([-change], dtype=torch.float64)
+        optimizer.step()
+    assert after(nesterov(beta=beta, lr=LR), changes) == pytest.approx(leaf.item(), rel=1e-5, abs=1e-6)
 
 
 @given(CHANGES)

@@ -18,7 +18,7 @@ from fedgraft.report.progress import Quiet
 from fedgraft.report.record import Record
 from fedgraft.runner import resume
 from fedgraft.runner import run as run_recipe
-from fedgraft.tree import digest, equal
+from fedgraft.tree import digest, equal, num_bytes
 from tests.methods.harness import ROWS, Run
 
 METHODS = plugins.names("method")
@@ -92,6 +92,22 @@ def test_three_rounds_move_the_leaves_and_state_and_memories_survive_codec_and_d
     assert leaves
     assert all(leaf.isfinite().all() and leaf.dtype == torch.float32 for leaf in leaves.values())
     assert all(leaf.any() for leaf in leaves.values())  # B has left 0
+
+
+def test_the_account_before_training_says_what_travels_and_how_often_the_rows_are_seen(start, method):
+    """Tensors in every package and reply, and the tokens of FedAvg's rounds, which see the same rows."""
+    run = whole(start, method)
+    account = run.session.account
+    assert {sum(map(num_bytes, bundle.trees.values())) for bundle in trained(run.up)} == {account.bytes_up()}
+    assert max(sum(map(num_bytes, bundle.trees.values())) for bundle in trained(run.down)) == account.bytes_down()
+    if not account.pooled:
+        tokens, once = ([line["tokens"] for line in Record.load(one.session.folder).rounds] for one in (run, whole(start, "fedavg")))
+        assert tokens == [account.passes * number for number in once]
+
+
+def trained(seen):
+    """The bundles of all rounds, of one direction."""
+    return [Bundle.decode(content) for question, _, content in seen if question == "train"]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from fedgraft import seeds
+from fedgraft.address import MIX, as_own
 from fedgraft.bundle import Bundle
 from fedgraft.data.batches import encode, prompt_ids
 from fedgraft.evaluation import personal
+from fedgraft.evaluation.knowledge import WINDOW, windows
 from fedgraft.evaluation.personal import evaluate_client, generate, response_figures, rouge_l
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.grafts.graft import GraftedModel
@@ -52,6 +54,55 @@ def test_response_figures_are_those_of_single_rows(client, prediction, batch_siz
     assert figures["token_accuracy"] == wanted["token_accuracy"]
     assert figures["response_tokens"] == wanted["response_tokens"] == sum(len(row.response) + 1 for row in client.data.test)
     assert (figures["rows"], figures["truncated"]) == (7, 1)
+
+
+def by_length(prompts):
+    """A share for each row that tells rows of different prompts apart."""
+    return torch.tensor([len(ids) % 7 / 7 for ids in prompts])
+
+
+@pytest.fixture
+def blend(client):
+    """Two pairs everywhere, none of them zero, that each row blends by `by_length`."""
+    with seeds.torch_default(1):
+        first, second = ({key: leaf + 0.3 * torch.randn_like(leaf) for key, leaf in client.model.fresh_adapters(0).items()} for _ in "ab")
+    return Prediction(tree=first | as_own(second), experts=[], shares=by_length)
+
+
+def alone(client, model, example):
+    """The model as this row blends it."""
+    ids = prompt_ids(example, client.model.base.tokenizer, client.data_settings.template, client.data_settings.max_length)
+    return Prediction(tree=model.tree | {MIX: model.shares([ids])[0]}, experts=[])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rows_are_predicted_with_blends_of_their_own(client, blend, batch_size):
+    """Loss and answers in batches, against each row alone with its own share."""
+    rows = [example for example in client.data.test if not example.context]  # a cut row has another prompt in generation
+    figures = response_figures(client, blend, rows, batch_size)
+    singles = [(alone(client, blend, row), row) for row in rows]
+    parts = [twin(client, model, [row]) for model, row in singles]
+    tokens = sum(part["response_tokens"] for part in parts)
+    assert figures["loss"] == pytest.approx(sum(part["loss"] * part["response_tokens"] for part in parts) / tokens, rel=1e-5)
+    same = replace(blend, shares=lambda prompts: torch.full((len(prompts),), 0.4))
+    assert figures["loss"] != pytest.approx(response_figures(client, same, rows, batch_size)["loss"], rel=1e-4)
+    settings = EvaluationSettings(batch_size=batch_size, max_new_tokens=6)
+    answers = generate(client, blend, rows, settings)
+    assert answers == [generate(client, model, [row], settings)[0] for model, row in singles]
+    assert answers != generate(client, same, rows, settings)
+
+
+def test_windows_of_general_text_are_blended_one_by_one(client, blend):
+    blend = replace(blend, shares=lambda rows: torch.tensor([ids[0] % 5 / 5 for ids in rows]))
+    settings = SETTINGS.model_copy(update={"generate": False, "knowledge_models": ("personal",), "knowledge_tokens": 3 * WINDOW})
+    method = replace(fedavg.build(), answer=lambda *_: {"personal": blend})
+    base, losses = client.model.base, []
+    for window in windows(base.tokenizer, 3 * WINDOW):
+        with client.model.using(blend.tree | {MIX: blend.shares([window.tolist()])[0]}, []), torch.no_grad():
+            logits = base.model(window[None]).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+    found = evaluate_client(method, client, Bundle(), settings).facts["models"]["personal"]["general_loss"]
+    assert found == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
 def gates_by_hand(client, model, rows):

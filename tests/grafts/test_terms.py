@@ -33,6 +33,21 @@ def test_second_pairs_are_added_and_blended(tiny_base, tiny_graft, family):
         torch.testing.assert_close(logits(model.base), logits(merged(tiny_base(family), (second, 1))), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", PROVEN)
+def test_rows_blend_by_shares_of_their_own(tiny_graft, family):
+    """As every row alone with its share, at shared experts too, which see rows and tokens in one list."""
+    model = tiny_graft(family, targets=("q", "v", "linear"))
+    first, second = (random_leaves(model.fresh_adapters(0), seed) for seed in (1, 2))
+    assert any("shared" in key for key in first) == (family == "qwen2_moe")
+    shares, ids = torch.tensor([0.0, 0.3, 1.0]), torch.arange(36).reshape(3, 12)
+    with torch.no_grad():
+        with model.using(first | as_own(second) | {MIX: shares}, []):
+            found = model.base.model(ids).logits
+        for row, share in enumerate(shares):
+            with model.using(first | as_own(second) | {MIX: share}, []):
+                torch.testing.assert_close(found[row], model.base.model(ids[row : row + 1]).logits[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("mix", "one"), [(0.0, 0), (1.0, 1)])
 def test_the_ends_of_a_blend_are_the_single_pairs_bit_for_bit_in_training_too(tiny_graft, mix, one):
     """Same dropout for both; and the pair without a share gets no gradient."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fedgraft.aggregation.server import Reply
 from fedgraft.bundle import Bundle
+from fedgraft.methods.method import Prediction
 from fedgraft.recipe import load_recipe
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import write_recipe
@@ -117,6 +118,24 @@ def open_run(recipe: dict[str, Any], folder: Path, lost: Callable[[str, int, str
 
     engine.ask = lossy  # type: ignore[method-assign]
     return run
+
+
+def begin(place: Place, folder: Path, method: str, options: dict[str, Any], **sections: Any) -> Run:
+    """A run of a method with options, opened and not begun."""
+    return open_run(place.recipe(method, options=options, **sections), folder / method)
+
+
+def answers(run: Run, name: str) -> dict[str, Prediction]:
+    """A client's models as the evaluation gets them."""
+    client, method = run.session.reach.holdings.open(name), run.session.method
+    client.memory = run.memory(name)
+    return method.answer(method, client, method.pack(method, run.session.server, name))
+
+
+def sent_addresses(run: Run) -> set[str]:
+    """Every address that crossed the wire, in either direction."""
+    bundles = [Bundle.decode(content) for _, _, content in run.up + run.down]
+    return {key for bundle in bundles for tree in bundle.trees.values() for key in tree}
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Place:

@@ -43,7 +43,7 @@ def test_replies_hold_what_is_documented_and_nothing_more(start):
     replies = {question: Bundle.decode(content) for question, _, content in run.up}
     assert {question: set(reply.trees) for question, reply in replies.items()} == {"graft": set(), "train": {"shared"}, "evaluate": set()}
     assert set(replies["graft"].facts) == {"experts", "errors", "calibration_tokens"}
-    assert set(replies["train"].facts) == {"examples", "loss", "tokens", "seconds", "truncated"}
+    assert set(replies["train"].facts) == {"examples", "loss", "tokens", "seconds", "truncated", "experts"}
     assert set(run.memory("ada").trees) == {"personal", "trained", "moments.exp_avg", "moments.exp_avg_sq", "moments.step"}
 
 

@@ -13,8 +13,7 @@ from fedgraft.methods.hetlora import tail
 from fedgraft.recipe import load_recipe
 from fedgraft.runner import run as run_recipe
 from fedgraft.tree import digest, equal
-from tests.methods.harness import ROWS
-from tests.methods.options import answers, begin, sent_addresses, with_options
+from tests.methods.harness import ROWS, answers, begin, sent_addresses
 from tests.methods.test_identities import LR, train_alone
 
 ALPHA, RANK = 6, 4
@@ -218,14 +217,23 @@ def test_the_tail_by_hand():
 )
 def test_ranks_that_cannot_be_are_refused_before_training(place, tmp_path, name, ranks, message):
     with pytest.raises(ValueError, match=f"method.ranks: {message}"):
-        run_recipe(with_options(place, name, {"ranks": ranks}), out=tmp_path / "run")
+        run_recipe(place.recipe(name, options={"ranks": ranks}), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedex_lora"])
 def test_ranks_are_an_option_of_few(place, name):
-    with pytest.raises(ValueError, match=rf"method.ranks: '{name}' has no such option; its options: none"):
-        load_recipe(with_options(place, name, {"ranks": [1, 2, 3]}))
+    able = "flexlora, flora, hetlora"
+    with pytest.raises(
+        ValueError, match=rf"method.ranks: '{name}' has no such option; its options: none; methods with that option: {able}$"
+    ):
+        load_recipe(place.recipe(name) | {"method": {"name": name, "ranks": [1, 2, 3]}})
+
+
+@pytest.mark.parametrize("rank", [[2, 4], {"ada": 2}])
+def test_several_ranks_in_the_place_of_one_are_refused_with_the_methods_that_have_them(place, rank):
+    with pytest.raises(ValueError, match=r"lora.rank: one number .* is method.ranks, which these methods have: flexlora, flora, hetlora$"):
+        load_recipe(place.recipe("fedavg", lora={"rank": rank}))
 
 
 @pytest.mark.parametrize(("targets", "named"), [(["q", "experts"], "'experts'"), (["q", "router"], "'router'")])
@@ -235,10 +243,10 @@ def test_residuals_elsewhere_are_refused_before_training(place, tmp_path, name, 
         run_recipe(place.recipe(name, lora={"targets": targets}), out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("options", [{"decay": 0.0}, {"decay": 1.5}, {"strength": -1.0}])
+@pytest.mark.parametrize("options", [{"decay": 0.0}, {"decay": 1.5}, {"strength": -1.0}, {"weights": "rows"}])
 def test_hetloras_options_are_checked(place, options):
-    with pytest.raises(ValueError, match=r"method.weights, method.decay, method.strength: .*; choose norm or examples, above 0 to 1"):
-        load_recipe(with_options(place, "hetlora", options))
+    with pytest.raises(ValueError, match=rf"method.{next(iter(options))}: Input should be"):
+        load_recipe(place.recipe("hetlora", options=options))
 
 
 @pytest.mark.parametrize("name", ["flexlora", "hetlora"])

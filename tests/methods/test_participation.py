@@ -7,8 +7,9 @@ import json
 import pytest
 
 from fedgraft.bundle import Bundle
+from fedgraft.report.record import Record
 from fedgraft.tree import equal
-from tests.methods.harness import ROWS
+from tests.methods.harness import ROWS, open_run
 
 
 def lines(run):
@@ -51,6 +52,24 @@ def test_a_client_that_joins_late_grows_its_graft_when_first_asked(start):
         )
     ]
     assert equal(answers["personal"].tree, never.state)
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_graft": True}])
+@pytest.mark.parametrize("heard", [True, False])
+def test_the_record_has_the_choice_of_a_client_that_joins_late_too(place, tmp_path, options, heard):
+    """The same as if it had been there; where its first reply is lost, the next one tells the experts alone."""
+    lists = []
+    for join in ({}, {"cy": 1}):
+        federation = {"rounds": 3, "join": join}
+        lost = None if heard else lambda question, number, client: (question, number, client) == ("train", 1, "cy")
+        recipe = place.recipe("flex", options=options, federation=federation)
+        run = open_run(recipe, tmp_path / f"run-{len(join)}", lost).go()
+        lists.append(Record.load(run.session.folder).selection)
+    whole, late = lists
+    assert set(whole) == set(late) == set(ROWS)
+    for name in ROWS:
+        told = whole[name] if heard or name != "cy" else {"experts": whole[name]["experts"]}
+        assert late[name] == told
 
 
 def test_unequal_work_is_the_first_steps_of_the_usual_ones(start):

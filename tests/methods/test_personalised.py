@@ -9,13 +9,14 @@ from fedgraft.address import MIX, as_first, as_own, layer_of, own
 from fedgraft.bundle import Bundle
 from fedgraft.recipe import load_recipe
 from fedgraft.report.progress import Quiet
+from fedgraft.report.record import Record
+from fedgraft.report.table import cost
 from fedgraft.runner import resume
 from fedgraft.runner import run as run_recipe
 from fedgraft.session import Session
 from fedgraft.training.personal_rules import distance
 from fedgraft.tree import combine, equal, partition
-from tests.methods.harness import ROWS
-from tests.methods.options import answers, begin, sent_addresses, with_options
+from tests.methods.harness import ROWS, answers, begin, sent_addresses
 from tests.methods.test_identities import LR, train_alone
 
 
@@ -65,8 +66,8 @@ def test_the_penalty_and_its_gradient_by_hand():
 
 
 def test_a_pull_away_is_refused(place):
-    with pytest.raises(ValueError, match=r"method.pull: -1.0 pushes .* choose 0 or more"):
-        load_recipe(with_options(place, "ditto", {"pull": -1}))
+    with pytest.raises(ValueError, match=r"method.pull: Input should be greater than or equal to 0"):
+        load_recipe(place.recipe("ditto", options={"pull": -1}))
 
 
 # FedPer and FedRep
@@ -116,7 +117,7 @@ def test_fedrep_trains_the_head_on_the_received_layers_then_those_below_it(start
 
 @pytest.mark.parametrize("layers", [0, 2])
 def test_layers_that_leave_nothing_shared_or_nothing_personal_are_refused_before_training(place, tmp_path, layers):
-    recipe = with_options(place, "fedper", {"layers": layers})
+    recipe = place.recipe("fedper", options={"layers": layers})
     with pytest.raises(ValueError, match=rf"method.layers: {layers} of 2 adapted layers can't be personal; choose 1 to 1"):
         run_recipe(recipe, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -180,6 +181,19 @@ def test_fine_tuning_starts_from_fedavg_and_is_plain_training_on_the_next_batche
     assert not any(".own." in key for key in sent_addresses(run))
 
 
+@pytest.mark.parametrize("method", ["fedavg_ft", "feddpa", "fdlora"])
+def test_what_follows_the_last_round_is_recorded_with_its_bytes_and_tokens(start, method):
+    run = start(method).go()
+    (line,) = Record.load(run.session.folder).finishes
+    assert line["round"] == 3
+    for way, seen in (("bytes_up", run.up), ("bytes_down", run.down)):
+        assert line[way] == sum(len(content) for question, _, content in seen if question == "finish") > 0
+    rounds = Record.load(run.session.folder).rounds
+    assert (line["tokens"] > 0) == (method != "fdlora")
+    assert cost(Record.load(run.session.folder))["training_tokens"] == sum(one["tokens"] for one in rounds) + line["tokens"]
+    assert Record.load(start("fedavg", federation={"rounds": 1}).go().session.folder).finishes == []
+
+
 def test_a_client_whose_fine_tuning_is_lost_predicts_with_the_shared_leaves(start):
     run = start("fedavg_ft")
     ask = run.session.engine.site.questions["finish"]
@@ -218,7 +232,10 @@ def test_interrupted_fine_tuning_resumes_and_an_extended_run_tunes_anew(place, t
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, out=tmp_path / "cut", progress=StopInFinish(clients))
     assert resume(tmp_path / "cut").digest == whole.digest
+    assert [line["round"] for line in Record.load(tmp_path / "cut").finishes] == [1]
     longer, again = (resume(tmp_path / name, rounds=2) for name in ("cut", "whole"))
+    for record in (longer, again):
+        assert [line["round"] for line in record.finishes] == [1, 2]
     assert longer.digest == again.digest != whole.digest
     session = Session(load_recipe(tmp_path / "whole" / "recipe.yaml"), tmp_path / "whole", Quiet())
     session.restore()
@@ -232,8 +249,8 @@ def test_interrupted_fine_tuning_resumes_and_an_extended_run_tunes_anew(place, t
 
 @pytest.mark.parametrize("options", [{"rounds": 0}, {"lr": 0.0}])
 def test_fine_tuning_that_trains_nothing_is_refused(place, options):
-    with pytest.raises(ValueError, match=r"method.rounds, method.lr: .* train nothing; choose"):
-        load_recipe(with_options(place, "fedavg_ft", options))
+    with pytest.raises(ValueError, match=r"method.(rounds|lr): Input should be greater than 0"):
+        load_recipe(place.recipe("fedavg_ft", options=options))
 
 
 # APFL
@@ -299,8 +316,8 @@ def test_apfls_share_adapts_by_its_own_rate_and_stays_in_bounds(place, tmp_path)
 
 @pytest.mark.parametrize("options", [{"mix": 1.1}, {"mix": -0.1}, {"mix_lr": -1.0}])
 def test_shares_that_are_none_are_refused(place, options):
-    with pytest.raises(ValueError, match=r"method.mix, method.mix_lr: .* choose a share from 0 to 1"):
-        load_recipe(with_options(place, "apfl", options))
+    with pytest.raises(ValueError, match=r"method.(mix|mix_lr): Input should be (less|greater) than or equal to [01]"):
+        load_recipe(place.recipe("apfl", options=options))
 
 
 def test_second_pairs_on_experts_are_refused_before_training(place, tmp_path):
@@ -336,7 +353,12 @@ def test_pfedme_that_goes_all_the_way_sends_its_personal_model(place, tmp_path):
     assert equal(run.state, as_first(run.memory("ada").tree("personal")))
 
 
-@pytest.mark.parametrize("options", [{"pull": 0.0}, {"rate": 0.1}, {"rate": 0.0}, {"inner": 0}])
+def test_pfedme_does_not_go_beyond_its_personal_model(place):
+    with pytest.raises(ValueError, match=r"method.rate: 0.1 with a pull of 15.0 .*; choose at most 1 / method.pull, 0.0667"):
+        load_recipe(place.recipe("pfedme", options={"rate": 0.1}))
+
+
+@pytest.mark.parametrize("options", [{"pull": 0.0}, {"rate": 0.0}, {"inner": 0}])
 def test_pfedmes_options_are_checked(place, options):
-    with pytest.raises(ValueError, match=r"method.pull, method.rate, method.inner: .* at most 1 / pull"):
-        load_recipe(with_options(place, "pfedme", options))
+    with pytest.raises(ValueError, match=rf"method.{next(iter(options))}: Input should be greater than 0"):
+        load_recipe(place.recipe("pfedme", options=options))

@@ -10,6 +10,7 @@ from fedgraft.bundle import Bundle
 from fedgraft.grafts.graft import adapter_shapes
 from fedgraft.moe.load import load_base
 from fedgraft.recipe import load_recipe
+from fedgraft.runner import run as run_recipe
 from fedgraft.tree import num_bytes
 
 ATTENTION, SHARED, EXPERTS, ROUTER = ["q", "k", "v", "o"], ["shared"], ["experts"], ["router"]
@@ -54,9 +55,27 @@ def test_every_global_method_can_share_everything(start, method):
     training = {"optimizer_state": "kept"}
     run = start(method, clients=("ada", "bo"), federation={"rounds": 2}, lora={"targets": FORMS["everything"]}, training=training).go()
     size = 2 * 4 * sum(NUMBERS.values())
-    assert run.session.account.bytes_each_way() == size * (1 + (method == "scaffold"))
+    assert run.session.account.bytes_up() == size * (1 + (method == "scaffold"))
     assert num_bytes(run.state) == size
     assert [sum(map(num_bytes, trees.values())) for trees in sent(run)] == [size * (1 + (method == "scaffold"))] * 2 * len(run.sites)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "targets", "message"),
+    [
+        ("flex", {"private_router": True}, ["router"], "none would travel"),
+        ("flex", {"private_router": True}, ["q"], "lora.targets: method 'flex' with these options needs 'router' there; add it"),
+        ("fedsa_lora", {}, ["router"], "none would stay on the client"),
+        ("ffa_lora", {}, ["router"], "none would stay on the client"),
+        ("fedper", {"layers": 2}, ["q"], "method.layers: 2 of 2 adapted layers can't be personal"),
+    ],
+)
+def test_targets_and_options_that_leave_nothing_shared_or_nothing_private_are_refused_before_training(
+    place, tmp_path, method, options, targets, message
+):
+    with pytest.raises(ValueError, match=message):
+        run_recipe(place.recipe(method, lora={"targets": targets}) | {"method": {"name": method, **options}}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_shipped_recipe_of_the_naive_way_says_its_bytes():

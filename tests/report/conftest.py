@@ -76,6 +76,7 @@ def made_record(
             "clients": {name: {"talk": 30, "sums": 10} for name in names},
         },
         "rounds": lines,
+        "finishes": [],
         "selection": {
             name: {"experts": chosen[at].tolist(), "errors": errors[at].tolist(), "calibration_tokens": 4096}
             for at, name in enumerate(names)

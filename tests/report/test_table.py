@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def record(method, folder, **clients):
         {"bytes_up": 20, "bytes_down": 25, "tokens": 6, "seconds": 1.0},
     ]
     recipe = {"method": {"name": method}, "seed": 0}
-    return Record(folder=Path(folder), recipe=recipe, environment={}, rounds=rounds, selection={}, results=results, digest="d")
+    return Record(folder=Path(folder), recipe=recipe, environment={}, rounds=rounds, finishes=[], selection={}, results=results, digest="d")
 
 
 FLEX = record("flex", "runs/a", ben={"base": 4.0, "personal": 2.0}, ada={"base": 3.0, "trained": 2.5, "personal": 1.0})
@@ -76,4 +77,9 @@ def test_runs_that_differ_only_in_their_seed_are_one_column_of_means():
 
 
 def test_cost_is_per_round_and_in_all():
-    assert cost(FLEX) == {"rounds": 2, "bytes_up_per_round": 15, "bytes_down_per_round": 22, "training_tokens": 11, "training_seconds": 1.5}
+    """What follows the last round is none of the rounds, and part of the whole."""
+    rounds = {"rounds": 2, "bytes_up_per_round": 15, "bytes_down_per_round": 22}
+    assert cost(FLEX) == {**rounds, "bytes_up": 30, "bytes_down": 45, "training_tokens": 11, "training_seconds": 1.5}
+    finish = {"round": 2, "bytes_up": 1, "bytes_down": 7, "tokens": 4, "seconds": 0.25}
+    finished = cost(dataclasses.replace(FLEX, finishes=[finish]))
+    assert finished == {**rounds, "bytes_up": 31, "bytes_down": 52, "training_tokens": 15, "training_seconds": 1.75}

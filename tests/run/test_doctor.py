@@ -47,7 +47,7 @@ def test_everything_as_json(command: Command) -> None:
     assert (code, err) == (0, "")
     found = json.loads(out)
     account = found["account"]
-    assert account["bytes_each_way"] == {"fp32": 37_748_736, "bf16": 18_874_368}
+    assert account["bytes_up"] == account["bytes_down"] == {"fp32": 37_748_736, "bf16": 18_874_368}
     assert (account["work"]["length"], account["work"]["rows"]) == (1024, 2)
     (layers,) = account["layers"]
     assert (layers["shared"], layers["personal"]) == (9_437_184 // 24, 8_011_776 // 24)
@@ -139,10 +139,10 @@ def test_dry_run_fails_where_the_run_would(command: Command, world: World, tmp_p
 
 def test_the_screen_before_training_says_what_the_run_sends(finished: Record, command: Command, world: World, tmp_path: Path) -> None:
     code, out, _ = command("doctor", world.write(tmp_path / "recipe.yaml"), "--json")
-    each = json.loads(out)["account"]["bytes_each_way"]["fp32"]
+    account = json.loads(out)["account"]
     assert code == 0
     for line in finished.rounds:
         clients = len(line["clients"])
         for direction in ("bytes_up", "bytes_down"):
-            header = line[direction] / clients - each
+            header = line[direction] / clients - account[direction]["fp32"]
             assert 0 < header < 4096

@@ -7,14 +7,22 @@ from collections import Counter
 import pytest
 
 from fedgraft.data.partition import load_clients
-from fedgraft.recipe import SWEEP_SECTIONS, load_recipe, read_values, shipped
+from fedgraft.recipe import SWEEP_SECTIONS, load_recipe, read_values, shipped_names
 from fedgraft.sweep.plan import plan
 
-SWEEPS = sorted(path.stem for path in shipped().glob("*.yaml") if set(SWEEP_SECTIONS) & read_values(path)[1].keys())
+SWEEPS = [name for name in shipped_names() if set(SWEEP_SECTIONS) & read_values(name)[1].keys()]
+EMBEDDED = [name for name in SWEEPS if "/" not in name]
 
 
 def test_the_full_grids_are_there():
-    assert set(SWEEPS) >= {"dolly_methods", "dolly_dirichlet", "flex_ablations"}
+    assert set(SWEEPS) >= {"dolly_methods", "dolly_dirichlet", "flex_ablations", "paper/dolly_pathological", "paper/dolly_dirichlet"}
+
+
+def test_the_papers_tables_use_the_forms_of_its_released_code():
+    methods = {point.recipe.method.name: point.recipe.complete()["method"] for point in plan("paper/dolly_pathological")}
+    assert methods["fedavgm"]["dampened"] is True
+    assert methods["scaffold"]["weighted"] is True
+    assert all(methods[name]["released"] is True for name in ("fedadam", "fedyogi", "fedadagrad"))
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -43,7 +51,7 @@ def test_ablations_change_one_thing_and_have_readable_names():
     assert {recipe.graft.per_layer for recipe in by_name.values()} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_data_can_be_drawn(name):
     drawn = {str((point.recipe.data, point.recipe.seed)): point.recipe for point in plan(name)}
     for recipe in drawn.values():
@@ -51,3 +59,16 @@ def test_data_can_be_drawn(name):
         assert all(client.train and client.test for client in clients)
         if recipe.data.partition == "dirichlet":
             assert [len(client.train) for client in clients] == [100] * 10
+
+
+def test_methods_are_compared_with_settings_that_were_tried_on_validation_rows():
+    tried = [point.recipe for name in ("dolly_tuning", "dolly_tuning_server") for point in plan(name)]
+    options = {(recipe.method.name, recipe.training.lr, str(recipe.complete()["method"])) for recipe in tried}
+    budget = Counter(recipe.method.name for recipe in tried)
+    assert set(budget.values()) == {3}
+    for name in ("dolly_methods", "dolly_dirichlet", "federation_pays", "flex_ablations"):
+        for point in plan(name):
+            recipe = point.recipe
+            used = (recipe.method.name, recipe.training.lr, str(recipe.complete()["method"]))
+            assert name == "flex_ablations" or used in options, point.name
+            assert recipe.training.lr in {lr for method, lr, _ in options if method == recipe.method.name}, point.name

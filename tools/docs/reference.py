@@ -1,6 +1,6 @@
 """Write the generated pages of docs/: recipe (from the settings models), command line (from typer), methods and names (from their modules).
 
-    python tools/docs/reference.py      # or: make docs
+    python -m tools.docs.reference      # or: make docs
 
 The test suite compares the pages with the code, so a change of a setting, an option or a method is followed by a run of this.
 """
@@ -18,6 +18,7 @@ from fedgraft.grafts.lora import LoraSettings
 from fedgraft.methods.method import Surroundings
 from fedgraft.recipe import METHOD_SECTIONS
 from fedgraft.starter.keys import Key, as_yaml, method_options, sections, unused_sections
+from tools.docs.price import sent, trained
 
 with warnings.catch_warnings():  # typer imports names that click deprecates
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -90,13 +91,17 @@ def cli_page() -> str:
 
 
 def methods_page() -> str:
-    """Every method: what it is, what it shares, its options."""
+    """Every method: what it is, what it shares, sends and trains, its options."""
     parts = [
         MADE,
         "# Methods",
         "A method is a name in the recipe (`method: {name: flex}`) and one file in `src/fedgraft/methods`. What is *shared* travels to "
         "the server and is merged there; what is *personal* never leaves its client. The frozen base never travels.",
-        "| method | shared | personal |\n|---|---|---|\n" + "\n".join(_shares(name) for name in plugins.names("method")),
+        "*Trained* are the parameters of a client on the embedded base with the settings of the demo, FedAvg's being 1; a second set of "
+        "adapters makes it twice as many. *Passes* is how often a client goes over the batches of a round.",
+        "| method | shared | personal | trained | passes |\n|---|---|---|---|---|\n" + "\n".join(map(_shares, plugins.names("method"))),
+        "What is *sent per round* stands below in bytes per client, fp32 (headers, a few kB, come on top). Σ goes over the adapted linear "
+        "layers, each with `in` inputs, `out` outputs and pairs of rank r.",
     ]
     for name in plugins.names("method"):
         module = plugins.load("method", name)
@@ -105,7 +110,8 @@ def methods_page() -> str:
         parts += [
             f"## {name}",
             inspect.getdoc(module),
-            f"- shared: {shared}\n- personal: {personal}\n- a client trains: {_line(method.local)}"
+            (inspect.getdoc(module.build) or "").partition("\nArgs:")[0].partition("\nRaises:")[0],
+            f"- shared: {shared}\n- personal: {personal}\n- sent per round: {sent(method, PAIRS)}\n- a client trains: {_line(method.local)}"
             + (f"\n- the server: {_line(method.step)}" if shared != "nothing" else "")
             + f"\n- recipe sections of its own: {_code(sorted(method.sections)) or 'none'}",
         ]
@@ -141,7 +147,8 @@ def _plugins(kind: str) -> str:
 
 def _shares(name: str) -> str:
     shared, personal = _split(_settled(name))
-    return f"| [{name}](#{name}) | {shared} | {personal} |"
+    ratio, passes = trained(name)
+    return f"| [{name}](#{name}) | {shared} | {personal} | {ratio:.2f} | {passes} |"
 
 
 def _settled(name: str) -> Any:

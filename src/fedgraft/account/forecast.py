@@ -64,13 +64,13 @@ def forecast(account: Account, rate: float, *, clients: int, per_round: int, rou
         calibration: tokens that a client chooses its experts with; 0 without selection.
     """
     compute = account.compute
-    passes = 2 + account.work.checkpointing
-    per_token = passes * compute.grafted + compute.adapters + compute.graft
+    products = 2 + account.work.checkpointing
+    per_token = products * compute.grafted + compute.adapters + compute.graft
     reached = rate * SHARE
     return Forecast(
         rate=rate,
         selection=clients * calibration * (compute.base + compute.selection) / reached,
-        round=per_round * tokens * per_token / reached,
+        round=account.passes * per_round * tokens * per_token / reached,
         rounds=rounds,
     )
 

@@ -60,8 +60,12 @@ class Account:
     compute: Compute
     memory: Memory
     work: Workload
+    down: int
+    """Entries that travel down in a round for the shared ones, at most, a copy of each."""
     wire_copies: int = 1
     """Numbers that travel each way for every shared one."""
+    passes: int = 1
+    """Times that a client goes over the batches of a round."""
     pooled: bool = False
     """One site holds the clients' training rows."""
 
@@ -70,9 +74,13 @@ class Account:
         """Entries that a client trains."""
         return self.shared.total + self.personal.total
 
-    def bytes_each_way(self, kind: str = "fp32") -> int:
-        """Bytes of leaves per client, round and direction; message headers, a few kB, come on top."""
+    def bytes_up(self, kind: str = "fp32") -> int:
+        """Bytes of leaves that a client sends in a round; message headers, a few kB, come on top."""
         return self.shared.total * self.wire_copies * ON_WIRE[kind]
+
+    def bytes_down(self, kind: str = "fp32") -> int:
+        """Bytes of leaves that it is sent, at most."""
+        return self.down * self.wire_copies * ON_WIRE[kind]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -80,7 +88,7 @@ class Account:
         for leaves in (values["shared"], values["personal"]):
             leaves["layers"] = {str(number): entries for number, entries in leaves["layers"].items()}
         values["trained"] = self.trained
-        values["bytes_each_way"] = {kind: self.bytes_each_way(kind) for kind in ON_WIRE}
+        values["bytes_up"], values["bytes_down"] = ({kind: count(kind) for kind in ON_WIRE} for count in (self.bytes_up, self.bytes_down))
         values["compute"] |= {"base": self.compute.base, "grafted": self.compute.grafted}
         values["memory"] |= {"training": self.memory.training, "total": self.memory.total}
         return values
@@ -125,7 +133,9 @@ def take_account(anatomy: Anatomy, method: Method, lora: LoraSettings, graft: Gr
         compute=compute,
         memory=memory,
         work=work,
+        down=sum(math.prod(shape) for shape in method.down({key: shapes[key] for key in shapes if not method.personal(key)}).values()),
         wire_copies=method.wire_copies,
+        passes=method.passes,
         pooled=method.pooled,
     )
 
@@ -133,8 +143,10 @@ def take_account(anatomy: Anatomy, method: Method, lora: LoraSettings, graft: Gr
 def summary(account: Account) -> list[tuple[str, str]]:
     """The screen before training: (label, text) a line."""
     rows = [("trains", f"{words.count(account.trained)} parameters a client: {_places(account)}")]
-    each, half = (words.size(account.bytes_each_way(kind)) for kind in ON_WIRE)
-    travelling = f"{words.count(account.shared.total)} parameters ({_listed(account.shared)}), {each} fp32 each way per client and round"
+    if account.passes > 1:
+        rows.append(("", f"in {account.passes} passes over the batches of a round"))
+    each, half = (_sizes(account, kind) for kind in ON_WIRE)
+    travelling = f"{words.count(account.shared.total)} parameters ({_listed(account.shared)}), {each} per client and round"
     wire = f"{travelling} (bf16: {half})" if account.shared.total else "nothing"
     rows.append(("travels", "the clients' training rows, to one site" if account.pooled else wire))
     rows.append(("stays", _listed(account.personal, "on the client") if account.personal.total else "nothing of what is trained"))
@@ -143,6 +155,14 @@ def summary(account: Account) -> list[tuple[str, str]]:
         frozen += f"; the grafts' own {words.count(account.frozen_graft)} are views of their source experts"
     rows.append(("frozen", frozen))
     return rows
+
+
+def _sizes(account: Account, kind: str) -> str:
+    up, down = account.bytes_up(kind), account.bytes_down(kind)
+    unit = " fp32" if kind == "fp32" else ""
+    if up == down:
+        return f"{words.size(up)}{unit} each way" if unit else words.size(up)
+    return f"{words.size(up)}{unit} up and at most {words.size(down)} down"
 
 
 def _split(shapes: Shapes, method: Method) -> tuple[Leaves, Leaves]:

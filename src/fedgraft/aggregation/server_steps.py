@@ -30,12 +30,28 @@ def momentum(*, beta: float, lr: float, dampened: bool = False) -> ServerStep:
 
     def step(state: Bundle, delta: Tree) -> Bundle:
         """Momentum (Hsu et al. 2019): m = beta m + delta, w += lr m."""
-        before, share = state.tree("momentum"), 1 - beta if dampened else 1.0
-        after = {key: beta * before[key] + share * change if key in before else change for key, change in delta.items()}
-        state = _with_moments(state, momentum=after)
+        state, after = _moved(state, delta, beta, 1 - beta if dampened else 1.0)
         return replace(state, {key: lr * moment for key, moment in after.items()})
 
     return step
+
+
+def nesterov(*, beta: float, lr: float) -> ServerStep:
+    """Nesterov's momentum, as torch.optim.SGD has it, on the merged change as the negative gradient (DiLoCo, arXiv 2311.08105)."""
+
+    def step(state: Bundle, delta: Tree) -> Bundle:
+        """Nesterov's momentum: m = beta m + delta, w += lr (delta + beta m)."""
+        state, after = _moved(state, delta, beta, 1.0)
+        return replace(state, {key: lr * (delta[key] + beta * moment) for key, moment in after.items()})
+
+    return step
+
+
+def _moved(state: Bundle, delta: Tree, beta: float, share: float) -> tuple[Bundle, Tree]:
+    """(state with its new momentum, the momentum of the leaves in delta): m = beta m + share delta, the first m being delta."""
+    before = state.tree("momentum")
+    after = {key: beta * before[key] + share * change if key in before else change for key, change in delta.items()}
+    return _with_moments(state, momentum=after), after
 
 
 def adaptive(second: SecondMoment, *, lr: float, beta: float, tau: float, released: bool = False) -> ServerStep:

@@ -13,18 +13,23 @@ KINDS = {"methods": "method", "families": "family", "criteria": "criterion", "da
 
 @app.command(name="list")
 def list_(
-    kind: Annotated[str, typer.Argument(help="methods, families, datasets or criteria")],
+    kind: Annotated[str, typer.Argument(help="methods, families, datasets, criteria or recipes")],
     as_json: AsJson = False,
 ) -> None:
     """List what a name in a recipe can be."""
     from fedgraft.plugins import nearest
 
-    if kind not in KINDS:
-        raise ValueError(f"list {kind}: there is no such list{nearest(kind, list(KINDS))}; choose from {', '.join(KINDS)}")
+    lists = [*KINDS, "recipes"]
+    if kind not in lists:
+        raise ValueError(f"list {kind}: there is no such list{nearest(kind, lists)}; choose from {', '.join(lists)}")
     if kind == "families":
         from fedgraft.moe.catalogue import families
 
         rows = families()
+    elif kind == "recipes":
+        from fedgraft.recipe import about, shipped_names
+
+        rows = [{"name": name, "supported": True, "reason": about(name)} for name in shipped_names()]
     else:
         from fedgraft.plugins import describe
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from fedgraft.moe.load import Base
 from fedgraft.training.fit import autocast
 
 WINDOW = 512
+InUse: TypeAlias = Callable[[list[list[int]]], AbstractContextManager[None]]
+"""Rows as token ids -> the context in which they are predicted."""
 
 
 def windows(tokenizer: Any, tokens: int) -> Tensor:
@@ -28,12 +32,12 @@ def windows(tokenizer: Any, tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def general_loss(base: Base, tokens: int, precision: str) -> float:
-    """Mean nats per token of the model as it stands, over about `tokens` tokens of general text."""
+def general_loss(base: Base, tokens: int, precision: str, in_use: InUse = lambda rows: nullcontext()) -> float:
+    """Mean nats per token over about `tokens` tokens of general text, of the model that `in_use` makes of the base for some rows of it."""
     losses = []
     for batch in windows(base.tokenizer, tokens).split(8):
         ids = batch.to(base.device)
-        with autocast(precision, base.device):
+        with in_use(batch.tolist()), autocast(precision, base.device):
             logits = base.model(input_ids=ids, use_cache=False).logits
         losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"))
     return float(torch.cat(losses).mean())

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedgraft.address import MIX
 from fedgraft.bundle import Bundle
 from fedgraft.data.batches import batches_in_order, encode_all, prompt_ids
 from fedgraft.data.example import Example
@@ -32,10 +35,16 @@ def evaluate_client(method: Method, client: Client, package: Bundle, settings: E
         if settings.generate and name in settings.generate_models:
             figures["rougeL"] = rouge_l(client, model, rows[: settings.generate_rows], settings)
         if settings.knowledge_tokens and name in settings.knowledge_models:
-            with client.model.using(model.tree, model.experts):
-                figures["general_loss"] = general_loss(client.model.base, settings.knowledge_tokens, client.training.precision)
+            in_use = partial(predicting, client, model)
+            figures["general_loss"] = general_loss(client.model.base, settings.knowledge_tokens, client.training.precision, in_use)
         results[name] = figures
     return Bundle(facts={"models": results})
+
+
+def predicting(client: Client, model: Prediction, prompts: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
+    """The model in use for one batch of rows with these prompts, each blended as the model says."""
+    shares = {MIX: model.shares(prompts)} if model.shares is not None else {}
+    return client.model.using({**model.tree, **shares}, model.experts)
 
 
 @torch.no_grad()
@@ -48,16 +57,17 @@ def response_figures(client: Client, model: Prediction, examples: Sequence[Examp
     """
     base, gates = client.model.base, _Gates()
     rows, truncated = encode_all(list(examples), base.tokenizer, client.data_settings)
+    model = replace(model, tree=client.model.placed(model.tree))
     nll, right, tokens = 0.0, 0, 0
-    watching = client.model.watching_gates(gates.see) if model.experts else nullcontext()
-    with client.model.using(model.tree, model.experts), watching:
-        for _, cpu_batch in batches_in_order(rows, batch_size, base.pad_id):
-            batch = cpu_batch.to(base.device)
-            gates.expect(batch.mask != 0)
-            with autocast(client.training.precision, base.device), base.logits_at(batch.predicting):
-                logits = base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-            sums = _response_sums(logits.float(), batch.targets)
-            nll, right, tokens = nll + sums[0], right + int(sums[1]), tokens + int(sums[2])
+    watching = partial(client.model.watching_gates, gates.see) if model.experts else nullcontext
+    for chosen, cpu_batch in batches_in_order(rows, batch_size, base.pad_id):
+        batch = cpu_batch.to(base.device)
+        gates.expect(batch.mask != 0)
+        in_use = predicting(client, model, [rows[index].ids[: rows[index].start] for index in chosen])
+        with in_use, watching(), autocast(client.training.precision, base.device), base.logits_at(batch.predicting):
+            logits = base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+        sums = _response_sums(logits.float(), batch.targets)
+        nll, right, tokens = nll + sums[0], right + int(sums[1]), tokens + int(sums[2])
     loss = nll / max(1, tokens)
     return {
         "loss": loss,
@@ -117,17 +127,18 @@ def generate(client: Client, model: Prediction, examples: Sequence[Example], set
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": settings.max_new_tokens}
     options |= {"pad_token_id": base.pad_id, "eos_token_id": end_id(base.tokenizer, data.template)}
     answers = [""] * len(prompts)
-    with client.model.using(model.tree, model.experts):
-        for start in range(0, len(order), settings.batch_size):
-            chosen = order[start : start + settings.batch_size]
-            width = max(len(prompts[index]) for index in chosen)
-            ids = torch.full((len(chosen), width), base.pad_id)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(chosen):
-                ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-                mask[row, width - len(prompts[index]) :] = 1
-            with autocast(client.training.precision, base.device):
-                output: Any = base.model.generate(ids.to(base.device), attention_mask=mask.to(base.device), **options)
-            for row, index in enumerate(chosen):
-                answers[index] = str(base.tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
+    model = replace(model, tree=client.model.placed(model.tree))
+    for start in range(0, len(order), settings.batch_size):
+        chosen = order[start : start + settings.batch_size]
+        width = max(len(prompts[index]) for index in chosen)
+        ids = torch.full((len(chosen), width), base.pad_id)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(chosen):
+            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, width - len(prompts[index]) :] = 1
+        in_use = predicting(client, model, [prompts[index] for index in chosen])
+        with in_use, autocast(client.training.precision, base.device):
+            output: Any = base.model.generate(ids.to(base.device), attention_mask=mask.to(base.device), **options)
+        for row, index in enumerate(chosen):
+            answers[index] = str(base.tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
     return answers

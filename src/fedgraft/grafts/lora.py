@@ -51,7 +51,7 @@ class Terms:
     pairs: dict[str, Pair]
     """Low-rank pairs by head: the layer's first one, its second one, or both."""
     shares: dict[str, Tensor]
-    """Factors [] of the pairs that have one."""
+    """Factors of the pairs that have one, [] or one for each row of the batch [B]."""
     residual: tuple[Tensor, ...]
     """Linear maps one after another, frozen: (), (dense,) or (A, B)."""
 
@@ -62,7 +62,7 @@ class Terms:
             x = F.dropout(inputs.to(next(iter(self.pairs.values()))[0].dtype), settings.dropout, training)
             for head, pair in self.pairs.items():
                 term = low_rank_term(x, *pair, settings.alpha)
-                total = total + (term * self.shares[head].to(term.device) if head in self.shares else term)
+                total = total + (_scaled(term, self.shares[head].to(term.device)) if head in self.shares else term)
         if self.residual:
             x = inputs.to(self.residual[0].dtype)
             for factor in self.residual:
@@ -110,6 +110,11 @@ class LowRank:
             return None if terms is None else terms.add(output, args[0], self.settings, module.training)
 
         return hook
+
+
+def _scaled(term: Tensor, share: Tensor) -> Tensor:
+    """The term times its share; its first dimension is the rows or, where a layer sees all tokens in one list, rows x tokens."""
+    return term * share if share.dim() == 0 else (term.reshape(len(share), -1) * share[:, None]).reshape(term.shape)
 
 
 def _factors(tree: Mapping[str, Tensor], head: str) -> Pair | tuple[()]:

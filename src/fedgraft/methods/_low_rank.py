@@ -9,6 +9,7 @@ from fedgraft.aggregation.low_rank_merges import cut
 from fedgraft.aggregation.merges import Update
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
+from fedgraft.grafts.lora import Shapes
 from fedgraft.methods.method import Method, Surroundings
 from fedgraft.tree import Tree
 
@@ -37,6 +38,12 @@ def ranks_of(ranks: Ranks, surroundings: Surroundings) -> dict[str, int]:
         if not 1 <= rank <= most:
             raise ValueError(f"method.ranks: rank {rank} of client {name!r}; choose 1 to lora.rank, which is {most}")
     return dealt
+
+
+def dense_residuals(shapes: Shapes) -> Shapes:
+    """The residuals beside these pairs, dense."""
+    heads = [key.removesuffix(".A") for key in shapes if key.endswith(".A")]
+    return {f"{head}.residual": (shapes[f"{head}.B"][0], shapes[f"{head}.A"][1]) for head in heads}
 
 
 def pack_cut(ranks: dict[str, int]) -> Callable[[Method, Server, str], Bundle]:

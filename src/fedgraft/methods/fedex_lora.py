@@ -7,7 +7,7 @@ from dataclasses import replace
 from fedgraft.address import is_residual
 from fedgraft.aggregation.low_rank_merges import averaged_with_residual, take
 from fedgraft.methods._linear import on_linear_layers
-from fedgraft.methods._low_rank import BY_PRODUCT, absorb_factors
+from fedgraft.methods._low_rank import BY_PRODUCT, absorb_factors, dense_residuals
 from fedgraft.methods.method import Method
 from fedgraft.training.personal_rules import around
 
@@ -19,4 +19,11 @@ def build() -> Method:
     Down it costs out x in entries a layer. All clients have `lora.rank`.
     """
     settle = on_linear_layers(lambda method, surroundings: replace(method, merge=averaged_with_residual(surroundings.lora.alpha)))
-    return Method(settle=settle, needs_mean=BY_PRODUCT, local=around(is_residual), absorb=absorb_factors, step=take)
+    return Method(
+        settle=settle,
+        needs_mean=BY_PRODUCT,
+        down=lambda shapes: shapes | dense_residuals(shapes),
+        local=around(is_residual),
+        absorb=absorb_factors,
+        step=take,
+    )

@@ -16,4 +16,4 @@ def build(layers: int = 1) -> Method:
     Args:
         layers: how many of the adapted decoder layers are personal; at least one stays shared.
     """
-    return Method(settle=last_layers_personal(layers, in_turn))
+    return Method(settle=last_layers_personal(layers, in_turn), passes=2)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedgraft.address import place_of, side_number
 from fedgraft.aggregation.server import Ask, Server
-from fedgraft.bundle import Bundle
+from fedgraft.bundle import Bundle, Fact
 from fedgraft.methods.method import Method, Prediction, answer_as, choose_experts, open_run, personal_leaves, train_round
 from fedgraft.training.client import Client
 from fedgraft.tree import Tree, partition
@@ -87,20 +87,21 @@ def choose_first(method: Method, client: Client, package: Bundle) -> Bundle:
     return Bundle(trees={"shared": first} if first else {}, facts=told)
 
 
-def join(method: Method, client: Client, package: Bundle) -> None:
-    """Take the common expert before the client's own, once; its first personal leaves follow from that."""
-    if not client.experts:  # it was away when the others chose
-        choose_first(method, client, Bundle())
+def join(method: Method, client: Client, package: Bundle) -> dict[str, Fact]:
+    """Take the common expert before the client's own, once; its first personal leaves follow from that. Gives what it chose only now."""
+    told = {} if client.experts else choose_first(method, client, Bundle()).facts  # it was away when the others chose
     if "personal" not in client.memory.trees:
         common: Any = package.facts["common"]
         client.remember(trees={}, facts={"experts": [[first, *own] for first, own in zip(common, client.experts, strict=True)]})
         client.remember(trees={"personal": personal_leaves(method, client)}, facts={"choice": None})
+    return told
 
 
 def train_with_common(method: Method, client: Client, package: Bundle) -> Bundle:
-    """As every method, with both grafts."""
-    join(method, client, package)
-    return train_round(method, client, package)
+    """As every method, with both grafts; tells the choice of its own."""
+    told = join(method, client, package)
+    reply = train_round(method, client, package)
+    return Bundle(trees=reply.trees, facts={**reply.facts, "experts": [own for _, *own in client.experts], **told})
 
 
 def answer_with_common(method: Method, client: Client, package: Bundle) -> dict[str, Prediction]:

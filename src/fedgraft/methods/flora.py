@@ -10,7 +10,7 @@ from fedgraft.aggregation.low_rank_merges import cut, pile, stacked
 from fedgraft.aggregation.server import Ask, Server
 from fedgraft.bundle import Bundle
 from fedgraft.methods._linear import on_linear_layers
-from fedgraft.methods._low_rank import BY_PRODUCT, Ranks, absorb_factors, ranks_of
+from fedgraft.methods._low_rank import BY_PRODUCT, Ranks, absorb_factors, dense_residuals, ranks_of
 from fedgraft.methods.method import Method, Surroundings, train_round
 from fedgraft.training.client import Client
 from fedgraft.training.personal_rules import around
@@ -38,6 +38,7 @@ def build(ranks: Ranks = None) -> Method:
     return Method(
         settle=on_linear_layers(settle),
         needs_mean=BY_PRODUCT,
+        down=dense_residuals,
         open=open_empty,
         local=around(is_residual),
         absorb=absorb_factors,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from fedgraft.aggregation.low_rank_merges import by_product_norm, cut, padded_mean, take
@@ -23,7 +24,12 @@ from fedgraft.training.personal_rules import train
 WEIGHTS = {"norm": by_product_norm, "examples": by_examples}
 
 
-def build(ranks: Ranks = None, weights: Literal["norm", "examples"] = "norm", decay: float = 0.99, strength: float = 0.005) -> Method:
+def build(
+    ranks: Ranks = None,
+    weights: Literal["norm", "examples"] = "norm",
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.99,
+    strength: NonNegativeFloat = 0.005,
+) -> Method:
     """The server's pair has `lora.rank`; a client trains its first rows and columns and sends them back, padded there with zeros.
 
     Self-pruning: the loss has strength ||B_t|| ||A_t|| over the last part t of a client's ranks, those from decay x rank on; once training
@@ -34,16 +40,8 @@ def build(ranks: Ranks = None, weights: Literal["norm", "examples"] = "norm", de
         ranks: rank of every client, dealt in turn from a list or by name; empty: `lora.rank` for all. None may be above `lora.rank`.
         weights: `norm`: in proportion to the Frobenius norm of a client's B A; `examples`: to its rows.
         decay: share of the ranks that pruning leaves, gamma of the paper; 1 prunes nothing.
-        strength: lambda of the paper, 0 or more.
-
-    Raises:
-        ValueError: an option out of its range.
+        strength: lambda of the paper.
     """
-    if weights not in WEIGHTS or not 0 < decay <= 1 or strength < 0:
-        raise ValueError(
-            f"method.weights, method.decay, method.strength: {weights!r}, {decay}, {strength}; "
-            f"choose {' or '.join(WEIGHTS)}, above 0 to 1, and 0 or more"
-        )
 
     def settle(method: Method, surroundings: Surroundings) -> Method:
         dealt = ranks_of(ranks, surroundings)

@@ -8,10 +8,12 @@ clients decide and refuses what the method cannot do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
+
+from torch import Tensor
 
 from fedgraft.address import is_residual, nothing, within
 from fedgraft.aggregation.merges import Merge, Update, by_examples
@@ -26,6 +28,9 @@ from fedgraft.training.client import Client
 from fedgraft.training.local_rules import LocalRule, plain
 from fedgraft.tree import Predicate, Tree, combine, partition, subtract
 
+RowShares: TypeAlias = Callable[[Sequence[Sequence[int]]], Tensor]
+"""The prompts of some rows as token ids -> one share in [0, 1] for each [rows]; no leaves are in use meanwhile."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -33,6 +38,8 @@ class Prediction:
 
     tree: Tree
     experts: Experts
+    shares: RowShares | None = None
+    """The share of the second pairs for each row, in the place of one for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +143,11 @@ def fresh_leaves(method: Method, client: Client) -> Tree:
 
 def train_round(method: Method, client: Client, package: Bundle) -> Bundle:
     """Train shared and personal leaves together; remember both, send the shared ones but residuals, which stay as they came."""
-    if "side" in method.places and not client.experts:  # it was away when the others chose
-        method.graft(method, client, package)
+    chosen: dict[str, Fact] = {}
+    if "side" in method.places:
+        if not client.experts:  # it was away when the others chose
+            chosen = method.graft(method, client, package).facts
+        chosen = {"experts": client.experts, **chosen}  # told in every round, since any reply may be lost
     start = combine(package.tree("shared"), personal_leaves(method, client))
     round_number, lr = package.facts["round"], package.facts["lr"]
     assert isinstance(round_number, int)
@@ -152,6 +162,7 @@ def train_round(method: Method, client: Client, package: Bundle) -> Bundle:
         "tokens": result.tokens,
         "seconds": result.seconds,
         "truncated": client.truncated,
+        **chosen,
     }
     return Bundle(trees={"shared": partition(shared, is_residual)[1]}, facts=facts)
 
@@ -214,6 +225,10 @@ class Method:
     """One site holds all clients' training rows, which leave them; each client is evaluated on its own rows as ever."""
     wire_copies: int = 1
     """Numbers that travel each way for every shared one."""
+    down: Callable[[Shapes], Shapes] = unchanged
+    """What the server sends for the shared leaves, at its largest; a client sends the shared leaves themselves."""
+    passes: int = 1
+    """Times that a client goes over the batches of a round, forward and backward."""
     needs_mean: str = ""
     """Why its replies must be averaged; empty: `federation.merge` may set another rule in the place of a mean."""
     settle: Callable[[Method, Surroundings], Method] = as_built

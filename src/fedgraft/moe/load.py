@@ -63,6 +63,18 @@ class Base(Anatomy):
         finally:
             handle.remove()
 
+    def states_at(self, ids: Tensor, mask: Tensor, chosen: Tensor) -> Tensor:
+        """[N, H]: what the head reads at the N `chosen` positions ([B, T] bool, row by row) in a forward over ids [B, T]."""
+        seen: list[Tensor] = []
+        head: Any = self.model.get_output_embeddings()
+        with self.logits_at(chosen):
+            handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            try:
+                self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            finally:
+                handle.remove()
+        return seen[0]
+
 
 def load_base(settings: ModelSettings) -> Base:
     """Load model and tokenizer, freeze every weight, find the MoE layers and check that each runs once per forward.

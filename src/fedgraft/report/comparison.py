@@ -81,7 +81,7 @@ def price(records: Sequence[Record]) -> Section:
     look = styles(names)
     for name, record in zip(names, records, strict=True):
         total = cost(record)
-        sent = sum(line["bytes_up"] + line["bytes_down"] for line in record.rounds) / 1e6
+        sent = (total["bytes_up"] + total["bytes_down"]) / 1e6
         per_round = [f"{total[f'bytes_{way}_per_round'] / 1e6:,.2f}" for way in ("up", "down")]
         rows.append([name, *per_round, f"{sent:,.2f}", f"{total['training_tokens']:,}", f"{total['training_seconds']:,.1f}"])
         losses = record.figures("personal", "loss")

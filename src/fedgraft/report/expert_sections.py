@@ -62,16 +62,15 @@ def gates(record: Record) -> Section:
 
 def traffic_and_time(record: Record) -> Section:
     """Bytes, seconds and tokens."""
-    title, rounds = "Cost", record.rounds
-    if not rounds:
+    title = "Cost"
+    if not record.rounds:
         return absent("cost", title, f"No round is finished yet. In the folder of this run, continue with: {RESUME}")
-    up, down = sum(line["bytes_up"] for line in rounds), sum(line["bytes_down"] for line in rounds)
     total = cost(record)
     seconds = total["training_seconds"]
     facts = Facts(
         items=[
-            ("bytes up, all clients", f"{up / 1e6:,.2f} MB"),
-            ("bytes down, all clients", f"{down / 1e6:,.2f} MB"),
+            ("bytes up, all clients", f"{total['bytes_up'] / 1e6:,.2f} MB"),
+            ("bytes down, all clients", f"{total['bytes_down'] / 1e6:,.2f} MB"),
             ("training tokens", f"{total['training_tokens']:,}"),
             ("training time", f"{seconds:,.1f} s"),
             ("tokens per second", f"{total['training_tokens'] / seconds:,.0f}" if seconds else "–"),

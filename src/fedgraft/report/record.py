@@ -17,6 +17,9 @@ from fedgraft import files
 
 SCHEMA = 1
 SWEEP = "sweep.json"
+FINISH = "finish.json"
+CHOICE = ("experts", "errors", "calibration_tokens")
+"""What is kept of a client's choice of experts."""
 QUOTE = shlex.quote if os.name == "posix" else lambda word: subprocess.list2cmdline([word])  # as the shell at hand reads it
 
 
@@ -28,8 +31,10 @@ class Record:
     recipe: dict[str, Any]
     environment: dict[str, Any]
     rounds: list[dict[str, Any]]
+    finishes: list[dict[str, Any]]
+    """What was done once after the last round, for every length that the run has had: round, seconds, tokens, bytes_down, bytes_up."""
     selection: dict[str, Any]
-    """Client -> {experts [L][r], errors [L][E], calibration_tokens}."""
+    """Client -> {experts [L][r], errors [L][E], calibration_tokens}; of one whose first reply was lost the experts alone."""
     results: dict[str, Any]
     """Client -> model -> figure -> value."""
     digest: str
@@ -51,6 +56,7 @@ class Record:
             recipe=recipe,
             environment=read_document(folder / "environment.json"),
             rounds=files.read_lines(folder / "rounds.jsonl"),
+            finishes=read_document(folder / FINISH).get("finishes", []),
             selection=read_document(folder / "selection.json").get("clients", {}),
             results=results["clients"] if finished else {},
             digest=files.read_text(folder / "digest.txt").strip() if finished else "",
@@ -121,6 +127,12 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> None:
 def write_document(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON document with its schema version, atomically."""
     files.write_json(path, {"schema": SCHEMA, **content})
+
+
+def keep_finish(folder: Path, line: dict[str, Any]) -> None:
+    """Record what was done after the last round; done again after the same number of rounds, it takes the place of what was."""
+    before = [one for one in read_document(folder / FINISH).get("finishes", []) if one["round"] != line["round"]]
+    write_document(folder / FINISH, {"finishes": [*before, line]})
 
 
 def sweep_runs(folder: Path) -> list[Path] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from fedgraft.address import MIX, as_first, as_own, within
@@ -93,6 +94,37 @@ def blended(mix_lr: float) -> LocalRule:
             return joined(shared, personal, unchanged=mix)
         share = train(client, mix, round_number, mix_lr, fixed=combine(shared.tree, personal.tree))
         return joined(shared, personal, replace(share, tree={MIX: share.tree[MIX].clamp(0, 1)}))
+
+    return run
+
+
+def beside(share: float) -> LocalRule:
+    """Second leaves with this share in a blend with the received shared ones, which are fixed; then the shared ones as FedAvg trains them.
+
+    The loss is that of the shared leaves.
+    """
+
+    def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        """The second leaves in a blend with the received shared ones, which are fixed; then the shared ones as FedAvg."""
+        second, received = partition(start, own_leaves)
+        personal = train(client, second, round_number, lr, fixed=combine(received, {MIX: torch.tensor(share)}))
+        return joined(plain(client, received, round_number, lr), personal)
+
+    return run
+
+
+def restarted(every: int) -> LocalRule:
+    """The shared leaves as FedAvg trains them, and second ones that train alone, every few rounds anew from the shared ones as received.
+
+    The loss is that of the shared leaves; `every` 0: the second ones never start anew.
+    """
+
+    def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
+        """The shared leaves as FedAvg; then the second ones alone, every few rounds from the shared ones as received."""
+        second, received = partition(start, own_leaves)
+        if every and round_number and round_number % every == 0:
+            second = as_own(received)
+        return joined(plain(client, received, round_number, lr), train_second(client, second, round_number, lr))
 
     return run
 
