@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from fedgraft import files
-from fedgraft.deployment import door, forward, service
+from fedgraft.deployment import door, forward, frames, service
 from fedgraft.deployment.guard import Guard
 from fedgraft.deployment.place import place_of
 from fedgraft.deployment.site_settings import load_site
@@ -157,3 +157,29 @@ def test_what_the_worker_does_not_take_says_why(tmp_path, start, options, length
 
 def test_the_forwarding_process_loads_neither_torch_nor_pydantic():
     assert loaded_by("import fedgraft.deployment.forward") & HEAVY == set()
+
+
+def test_an_answer_may_take_as_long_as_it_takes(tmp_path, start, monkeypatch):
+    """A round takes longer than any connection may stand still."""
+    start(tmp_path / "door")
+    waits, receive = [], frames.receive_header
+    monkeypatch.setattr(frames, "receive_header", lambda connection, **how: (waits.append(how), receive(connection, **how))[1])
+    assert forward.to_site(socket=tmp_path / "door")(b"echo:late", None) == b"late"
+    assert waits == [{"wait": None}]
+
+
+def test_two_never_work_in_one_folder(world, tmp_path, monkeypatch):
+    """A worker behind another door, or a process without one, while somebody is at work in the site's folder."""
+    monkeypatch.setattr(service, "WAIT", 0)
+    file = site(tmp_path, world, socket="other")
+    state = place_of(file).state
+    door.make_private(state)
+    request = Frame(kind="leave", facts={"run": "a"}).encode()
+    with files.locked(state):
+        with pytest.raises(ValueError, match="another fedgraft"):
+            service.work(file)
+        with pytest.raises(ValueError, match="another fedgraft"):
+            service.answer_once(file, request)
+        assert Frame.decode(forward.to_site(settings=file)(request, None)).kind == "refused"
+    assert not (tmp_path / "other" / door.SOCKET).exists()
+    assert Frame.decode(forward.to_site(settings=file)(request, None)).kind == "left"

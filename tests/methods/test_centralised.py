@@ -81,5 +81,6 @@ def test_an_unknown_key_of_a_merge_names_those_there_are():
         ValueError, match=r"unknown key 'federation\.merge\.krum\.fault' \(did you mean 'faulty'\?\); there are: rule, faulty"
     ):
         load_recipe({"method": {"name": "fedavg"}, "federation": {"merge": {"rule": "krum", "fault": 1}}})
-    with pytest.raises(ValueError, match=r"federation\.merge: .*'mean', 'median', 'trimmed_mean', 'krum', 'multi_krum', 'norm_bounded'"):
+    rules = "'mean', 'median', 'trimmed_mean', 'krum', 'multi_krum', 'norm_bounded'"
+    with pytest.raises(ValueError, match=rf"federation\.merge\.rule: there is no 'medain'; choose one of {rules}"):
         load_recipe({"method": {"name": "fedavg"}, "federation": {"merge": {"rule": "medain"}}})

@@ -158,14 +158,14 @@ def test_fused_are_the_factors(place, tmp_path):
 def test_the_weights_are_the_best_found_on_validation_rows(place, tmp_path):
     """No pair on a grid around does better by much, and rows of the test split are never read."""
     run = begin(place, tmp_path, "fdlora", {"l1": 0, "evaluations": 60})
-    opened = run.session.engine.open_client
+    opened = run.session.engine.site.open_client
 
     def sealed(name):
         client = opened(name)
         client.data = Sealed(client.data) if run.session.stand.phase == "finishing" else client.data
         return client
 
-    run.session.engine.open_client = sealed
+    run.session.engine.site.open_client = sealed
     run.go()
     for name in ROWS:
         client, shared = run.session.reach.holdings.open(name), run.state
@@ -215,7 +215,7 @@ def test_the_search_finds_a_minimum_inside_its_bounds():
 
 def test_a_client_whose_search_is_lost_predicts_with_the_shared_leaves(place, tmp_path):
     run = begin(place, tmp_path, "fdlora", {}, federation={"rounds": 1})
-    run.session.engine.questions = {**run.session.engine.questions, "finish": lambda client, package: package}
+    run.session.engine.site.questions = {**run.session.engine.site.questions, "finish": lambda client, package: package}
     run.go()
     assert all(torch.equal(leaf, run.state[key]) for key, leaf in answers(run, "bo")["personal"].tree.items())
 
