@@ -10,10 +10,10 @@ SOURCES := src tests $(wildcard tools benchmarks)
 
 .DEFAULT_GOAL := help
 SHELL := bash
-.PHONY: help demo test check static bench docs venv clean
+.PHONY: help demo test test-deploy check static bench docs venv clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## Local, FedAvg and FLEx on the embedded model and four Dolly clients, then a table (no download)
 	@mkdir -p $(RUNS); set -o pipefail; \
@@ -25,6 +25,9 @@ demo: $(READY) ## Local, FedAvg and FLEx on the embedded model and four Dolly cl
 
 test: static ## Everything `check` does, then unit and contract tests
 	$(BIN)/python -m pytest
+
+test-deploy: $(READY) ## What starts Ray or Flower's servers; takes minutes
+	$(BIN)/python -m pytest -m deploy
 
 check: static ## Format, lint, types and the architecture tests
 	$(BIN)/python -m pytest tests/architecture
@@ -50,10 +53,10 @@ static: $(READY)
 	$(BIN)/mypy
 
 # One thread: faster than two on models this small. The malloc settings (glibc) keep freed big tensors mapped, so each step does not fault them in anew.
-demo test check bench: export OMP_NUM_THREADS := 1
-demo test check bench: export MALLOC_MMAP_THRESHOLD_ := 1073741824
-demo test check bench: export MALLOC_TRIM_THRESHOLD_ := 17179869184
-demo test check bench: export MALLOC_TOP_PAD_ := 268435456
+demo test test-deploy check bench: export OMP_NUM_THREADS := 1
+demo test test-deploy check bench: export MALLOC_MMAP_THRESHOLD_ := 1073741824
+demo test test-deploy check bench: export MALLOC_TRIM_THRESHOLD_ := 17179869184
+demo test test-deploy check bench: export MALLOC_TOP_PAD_ := 268435456
 
 # torch first, alone and pinned: a resolver left to choose may fetch another build with gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt

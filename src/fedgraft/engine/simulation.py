@@ -66,6 +66,7 @@ class Simulation:
         raise ValueError(f"engine: Flower's simulation has not started within {START_SECONDS:g} s")
 
     def _work(self, settings: SimulationSettings, handle: Handle, nodes: int) -> None:
+        import ray  # noqa: F401 - its import sets the level of its log
         from flwr.serverapp import ServerApp
         from flwr.simulation import run_simulation
 
