@@ -49,13 +49,22 @@ def in_a_process(jobs) -> list[str]:
     return done.stdout.split()
 
 
+def nearly(one, other) -> bool:
+    """Equal but for the last digits of numbers: the state is the same bit for bit, a forward in another process may round otherwise."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(nearly(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(nearly, one, other))
+    return one == pytest.approx(other, rel=1e-6) if isinstance(one, float) else one == other
+
+
 @pytest.mark.deploy
 @pytest.mark.parametrize("case", ["flex", "fedavg", "scaffold", "hetlora"])
 def test_a_simulation_is_the_run_in_process(place, tmp_path, case):
     recipe = place.recipe(case, **CASES[case] | SECTIONS)
     here = runner.run(recipe, out=tmp_path / "here")
     assert in_a_process([{"recipe": simulated(recipe), "out": str(tmp_path / "there"), "stop": 0}]) == [here.digest]
-    assert timeless(runner.Record.load(tmp_path / "there")) == timeless(here)
+    assert nearly(timeless(runner.Record.load(tmp_path / "there")), timeless(here))
 
 
 @pytest.mark.deploy
