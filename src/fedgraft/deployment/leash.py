@@ -1,0 +1,42 @@
+"""`python -m fedgraft.deployment.leash MODULE WORDS...`: run a module as a program that ends when whoever started it is gone.
+
+The starter keeps the other end of standard input. However it ends, even by SIGKILL, the system closes that end, and the program takes its leave
+with everything it has started.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import threading
+
+import psutil
+
+GRACE = 10.0  # seconds to end in an orderly way
+
+
+def main() -> None:
+    """Hold on to standard input, then be the module."""
+    module = sys.argv[1]
+    threading.Thread(target=_watch, name="leash", daemon=True).start()
+    sys.argv = sys.argv[1:]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _watch() -> None:
+    while os.read(0, 1):  # not by way of sys.stdin, whose lock would be held when the program ends by itself
+        pass
+    me = psutil.Process()
+    started = me.children(recursive=True)
+    me.terminate()
+    _, left = psutil.wait_procs(started, timeout=GRACE)
+    for process in [*left, me]:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+
+
+if __name__ == "__main__":
+    main()
