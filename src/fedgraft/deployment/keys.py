@@ -56,8 +56,8 @@ def issue_certificate(folder: Path, hosts: Sequence[str]) -> None:
     from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
     names = [_alternative(host) for host in dict.fromkeys([*hosts, *HERE])]
-    authority = x509.load_pem_x509_certificate(_read(folder / "ca.pem", "the federation's certificate"))
-    signer = serialization.load_pem_private_key(_read(folder / "ca.key", "the federation's own key"), None)
+    authority = x509.load_pem_x509_certificate(read(folder / "ca.pem"))
+    signer = serialization.load_pem_private_key(read(folder / "ca.key"), None)
     assert isinstance(signer, EllipticCurvePrivateKey)
     key = _fresh()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
@@ -113,7 +113,7 @@ def expiry(certificate: Path) -> datetime:
     """Until when a certificate holds."""
     from cryptography import x509
 
-    return x509.load_pem_x509_certificate(_read(certificate, "a certificate")).not_valid_after_utc
+    return x509.load_pem_x509_certificate(read(certificate)).not_valid_after_utc
 
 
 def write_private(path: Path, content: bytes) -> None:
@@ -143,6 +143,17 @@ def refuse_readable(path: Path) -> None:
         raise ValueError(f"{path}: no such key; it comes with the folder that the coordinator made for this site")
     if os.name == "posix" and path.stat().st_mode & 0o077:
         raise ValueError(f"{path}: others on this machine can read this key; change that with: chmod 600 {path}")
+
+
+def read(path: Path) -> bytes:
+    """A key or certificate.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; restore it from a copy, or begin anew with: fedgraft federation init")
+    return path.read_bytes()
 
 
 def _fresh() -> EllipticCurvePrivateKey:
@@ -195,9 +206,3 @@ def _alternative(host: str) -> x509.GeneralName:
     if not host.isascii() or "/" in host or ":" in host or " " in host or not host:
         raise ValueError(f"--host {host}: give a name or an address alone, as in coordinator.example.org or 192.0.2.7")
     return x509.DNSName(host)
-
-
-def _read(path: Path, what: str) -> bytes:
-    if not path.is_file():
-        raise ValueError(f"{path}: missing ({what}); restore it from a copy, or begin anew with: fedgraft federation init")
-    return path.read_bytes()

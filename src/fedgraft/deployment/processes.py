@@ -47,12 +47,15 @@ class Part:
         """The exit code, None while it runs."""
         return self.process.poll()
 
-    def last_words(self, lines: int = 6) -> str:
-        """The end of the log, and where it lies."""
+    def said(self) -> str:
+        """The log since its start."""
         with self.log.open("rb") as log:
             log.seek(self.offset)
-            text = log.read().decode("utf-8", "replace")
-        said = [line for line in text.splitlines() if line.strip()][-lines:]
+            return log.read().decode("utf-8", "replace")
+
+    def last_words(self, lines: int = 6) -> str:
+        """The end of the log, and where it lies."""
+        said = [line for line in self.said().splitlines() if line.strip()][-lines:]
         return "\n".join([*(f"  {line}" for line in said), f"the whole log: {self.log}"])
 
     def fail(self, remedy: str) -> ValueError:
