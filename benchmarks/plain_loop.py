@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from fedgraft.data.batches import Batch
 from fedgraft.grafts.graft import Experts, GraftedModel
+from fedgraft.hosting import Holdings
+from fedgraft.reach import Here
 from fedgraft.recipe import load_recipe
 from fedgraft.report.progress import Quiet
 from fedgraft.session import Session
@@ -107,11 +109,18 @@ class PlainLoop:
         return loss
 
 
+def holdings_of(session: Session) -> Holdings:
+    """Rows and model of an in-process session."""
+    assert isinstance(session.reach, Here)
+    return session.reach.holdings
+
+
 def plain_loop(session: Session, loss: Callable[[Any, Batch], Tensor]) -> PlainLoop:
     """A plain loop that starts from the session's state and its clients' memories."""
-    memories = {name: session.engine.store.load(name, session.engine.asked) for name in session.clients}
+    holdings, store = holdings_of(session), session.engine.store
+    memories = {name: store.load(name, session.engine.asked) for name in holdings.clients}
     return PlainLoop(
-        model=session.model,
+        model=holdings.model,
         loss=loss,
         precision=session.recipe.training.precision,
         shared=session.server.state.tree("shared"),
@@ -127,13 +136,14 @@ def one_round(session: Session, loops: dict[str, PlainLoop]) -> tuple[Clock, int
         RuntimeError: a plain loop's training loss differs from fedgraft's, so that they didn't do the same work.
     """
     number, lr = session.server.round, session.server.round_lr()
-    batches = {name: [part for parts in session._open_client(name).batches(number) for part in parts] for name in session.clients}
+    holdings = holdings_of(session)
+    batches = {name: [part for parts in holdings.open(name).batches(number) for part in parts] for name in holdings.clients}
 
     def others_turn(question: str, name: str, content: bytes) -> None:
         with outside.running():
             for loop in loops.values():
                 with loop.clock.running():
-                    loop.train(name, batches[name], lr, len(session.clients[name].train))
+                    loop.train(name, batches[name], lr, len(holdings.clients[name].train))
 
     own, outside = Clock(), Clock()
     for loop in loops.values():

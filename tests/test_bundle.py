@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from fedgraft.bundle import SCHEMA, Bundle
-from fedgraft.tree import equal
+from fedgraft.tree import equal, num_bytes
 from tests.strategies import ADDRESSES, given, trees
 
 JSON = st.recursive(
@@ -127,3 +127,44 @@ def test_a_newer_schema_is_refused_with_the_remedy():
 def test_a_missing_file_stays_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         Bundle.load(tmp_path / "none")
+
+
+@given(BUNDLES)
+def test_the_outline_is_what_is_there(bundle):
+    outline = Bundle.outline(bundle.encode())
+    assert outline.facts == bundle.facts
+    assert outline.trees == {name: {key: num_bytes({key: leaf}) for key, leaf in tree.items()} for name, tree in bundle.trees.items()}
+
+
+def smuggled(change):
+    """An encoded bundle whose header is altered."""
+    content = Bundle(trees={"shared": {"layers.0.attention.q.A": torch.ones(2)}}, facts={"loss": 1.0}).encode()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    rest = change(header, json.loads(header["__metadata__"]["fedgraft"]), content[8 + size :])
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + rest
+
+
+def with_second_text(header, inner, rest):
+    header["__metadata__"]["note"] = "a row"
+    return rest
+
+
+def with_second_header(header, inner, rest):
+    header["__metadata__"]["fedgraft"] = json.dumps(inner | {"note": "a row"})
+    return rest
+
+
+def with_a_gap(header, inner, rest):
+    header["shared/layers.0.attention.q.A"]["data_offsets"] = [4, 12]
+    return b"row " + rest
+
+
+@pytest.mark.parametrize(
+    "change", [with_second_text, with_second_header, with_a_gap, lambda header, inner, rest: rest + b"a row", lambda *all_: all_[2][:-1]]
+)
+def test_an_outline_accounts_for_every_byte(change):
+    assert Bundle.outline(smuggled(lambda header, inner, rest: rest)).trees == {"shared": {"layers.0.attention.q.A": 8}}
+    with pytest.raises(ValueError, match="the reply: damaged"):
+        Bundle.outline(smuggled(change), "the reply")

@@ -21,6 +21,15 @@ Fact: TypeAlias = str | int | float | bool | None | list[Any] | dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What a bundle holds, without its numbers."""
+
+    trees: dict[str, dict[str, int]]
+    """Bytes of each leaf, by tree and address."""
+    facts: dict[str, Fact]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bundle:
     """Trees by name and JSON facts by name. Names of trees contain no `/`."""
 
@@ -69,6 +78,31 @@ class Bundle:
         if schema > SCHEMA:
             raise ValueError(f"{source}: written by a newer fedgraft (schema {schema}, this one reads up to {SCHEMA}); upgrade fedgraft")
         return Bundle(trees=trees, facts=facts)
+
+    @staticmethod
+    def outline(content: bytes, source: str = "message") -> Outline:
+        """What encoded content holds, by its own header, which is checked to account for every byte.
+
+        Raises:
+            ValueError: damaged, or bytes or texts beside those of leaves and facts; the message names `source`.
+        """
+        try:
+            size = int.from_bytes(content[:8], "little")
+            places = json.loads(content[8 : 8 + size])
+            texts = places.pop("__metadata__")
+            header = json.loads(texts.pop(HEADER))
+            spans = {path: place["data_offsets"] for path, place in places.items()}
+            trees = {name: dict[str, int]() for name in header["trees"]}
+            for path, (start, end) in spans.items():
+                name, key = path.split("/", 1)
+                trees[name][key] = end - start
+            ends = [0, *(end for _, end in sorted(spans.values()))]
+            whole = [start for start, _ in sorted(spans.values())] == ends[:-1] and ends[-1] == len(content) - 8 - size
+            if texts or header.keys() - {"schema", "facts", "trees", "sum"} or not whole:
+                raise ValueError("it holds more than trees and facts")
+        except Exception as error:
+            raise ValueError(f"{source}: damaged or not written by fedgraft ({type(error).__name__}: {error})") from error
+        return Outline(trees=trees, facts=header["facts"])
 
     def save(self, path: Path) -> None:
         """Write to disk, atomically."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import secrets
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,29 +15,41 @@ from typing import Any
 import torch
 
 from fedgraft import __version__
-from fedgraft.data.partition import ClientData, counts
-from fedgraft.moe.load import Base
+from fedgraft.engine.card import Card
 from fedgraft.report.record import read_document, write_document
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 
 
-def environment(base: Base, clients: Sequence[ClientData]) -> dict[str, Any]:
-    """What the run runs on, and the digests that a resume compares."""
-    digests = {client.name: _digest([client]) for client in clients}
+def environment(base: str, cards: Sequence[Card], run: str) -> dict[str, Any]:
+    """What the run runs on, and the digests that a resume compares.
+
+    Args:
+        base: the base model's name.
+        cards: of all clients, who hold the same base.
+        run: the run's id.
+    """
+    digests = {card.name: card.data_digest for card in cards}
     return {
-        **_versions(base),
+        **_versions(cards),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "command": sys.argv,
         "started": _now(),
-        "base": base.name,
-        "base_digest": base.digest,
-        "base_notes": list(base.notes),
-        "data_digest": _digest(clients),
+        "run": run,
+        "base": base,
+        "base_digest": cards[0].base_digest,
+        "base_notes": list(cards[0].base_notes),
+        "data_digest": hashlib.sha256("\n".join(digests.values()).encode()).hexdigest(),
         "client_digests": digests,
-        "clients": counts(clients),
+        "clients": {card.name: card.categories for card in cards},
     }
+
+
+def run_id(folder: Path) -> str:
+    """The id by which sites know the run in `folder`: the one it began with, or a new one."""
+    known = read_document(folder / "environment.json").get("run")
+    return str(known) if known else secrets.token_hex(8)
 
 
 def check(folder: Path, now: dict[str, Any]) -> None:
@@ -56,7 +69,8 @@ def check(folder: Path, now: dict[str, Any]) -> None:
         raise ValueError(
             f"{folder}: the base model {now['base']!r} differs from the one this run began with; restore it, or start a new run"
         )
-    if before.get("data_digest") != now["data_digest"]:
+    known = "client_digests" if "client_digests" in before else "data_digest"
+    if before.get(known) != now[known]:
         raise ValueError(f"{folder}: {_changed(before, now)} from those this run began with; restore them, or start a new run")
 
 
@@ -89,26 +103,18 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     return f"the data of client{'s' if len(changed) > 1 else ''} {', '.join(gone)} differ"
 
 
-def _versions(base: Base) -> dict[str, Any]:
+def _versions(cards: Sequence[Card]) -> dict[str, Any]:
     """What bits depend on besides recipe, base and data."""
     return {
         "fedgraft": __version__,
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
-        "device": str(base.device),
+        "device": ", ".join(sorted({card.device for card in cards})),
     }
 
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     return {"fedgraft": entry["fedgraft"], **entry["packages"], "threads": entry["threads"], "device": entry["device"]}
-
-
-def _digest(clients: Sequence[ClientData]) -> str:
-    sums = hashlib.sha256()
-    for client in clients:
-        for row in (*client.train, *client.validation, *client.test):
-            sums.update(f"{row}\n".encode())
-    return sums.hexdigest()
 
 
 def _now() -> str:

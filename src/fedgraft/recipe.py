@@ -228,21 +228,21 @@ def assign(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return result
 
 
-def explain(error: ValidationError, place: str = "") -> str:
-    """One line per problem, naming the key (`place` stands before it), the nearest known key and the allowed values."""
+def explain(error: ValidationError, place: str = "", root: type[Section] | None = None) -> str:
+    """One line per problem: the key (`place` stands before it), the nearest known one (of `root`, else a recipe), the allowed values."""
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            known = _known_keys(tuple(problem["loc"][:-1]))
+            known = _known_keys(tuple(problem["loc"][:-1]), root or Recipe)
             lines.append(f"unknown key {key!r}{plugins.nearest(str(problem['loc'][-1]), known)}; there are: {', '.join(known)}")
         else:
             lines.append(f"{place}{key}: {problem['msg']} (got {problem['input']!r})")
     return "\n".join(lines)
 
 
-def _known_keys(sections: tuple[Any, ...]) -> list[str]:
-    model: Any = Recipe
+def _known_keys(sections: tuple[Any, ...], root: type[Section]) -> list[str]:
+    model: Any = root
     for section in sections:
         choices = {choice.model_fields["rule"].default: choice for choice in get_args(model)}  # of a section that comes in kinds
         model = choices[section] if choices else model.model_fields[section].annotation

@@ -13,6 +13,7 @@ from fedgraft.account.rows import Rows, look_at_rows
 from fedgraft.bundle import Bundle
 from fedgraft.evaluation.personal import response_figures
 from fedgraft.methods.method import Method, Prediction, personal_leaves
+from fedgraft.reach import Here
 from fedgraft.recipe import Recipe, load_recipe
 from fedgraft.report.progress import Progress, Quiet
 from fedgraft.session import Session
@@ -57,23 +58,25 @@ def rehearse(
     with told(stand):
         folders.refuse_occupied(folder)
         _check_writable(folder)
-        session = Session(checked.absolute(), folder, progress or Quiet(), stand)
-        session.progress.begin("rehearsal", len(session.clients) + 1)
-        rows = [_rows(session, name) for name in session.clients]
-        first = session.engine.open_client(next(iter(session.clients)))
+        session = Session(checked.absolute(), folder, progress or Quiet(), stand, Here)
+        session.progress.begin("rehearsal", len(session.reach.clients) + 1)
+        assert isinstance(session.reach, Here)
+        open_client = session.reach.holdings.open
+        rows = [_rows(session, open_client(name)) for name in session.reach.clients]
+        first = open_client(session.reach.clients[0])
         stand.phase = "training"
         loss = _first_loss(session.method, first)
         session.progress.step(f"{first.name}  loss {loss:.3f}")
     return Rehearsal(folder=folder, rows=rows, client=first.name, loss=loss)
 
 
-def _rows(session: Session, name: str) -> Rows:
+def _rows(session: Session, client: Client) -> Rows:
     """Tokenise all of a client's training rows and draw its first batch."""
-    client, settings = session.engine.open_client(name), session.recipe
+    settings = session.recipe
     tokenizer, batch = client.model.base.tokenizer, settings.training.batch_size
     rows = look_at_rows(client.data, settings.data, tokenizer, batch=batch, most=client.examples)
     client.batches(0)
-    session.progress.step(f"{name}  {rows.cut} of {rows.train} rows cut")
+    session.progress.step(f"{client.name}  {rows.cut} of {rows.train} rows cut")
     return rows
 
 

@@ -20,18 +20,15 @@ from fedgraft.account.take import summary, take_account
 from fedgraft.aggregation import participation
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
-from fedgraft.data.partition import ClientData, check_rows, load_clients, pooled
-from fedgraft.engine.inprocess import InProcess
-from fedgraft.evaluation.personal import evaluate_client
-from fedgraft.grafts.graft import GraftedModel
-from fedgraft.methods.method import questions, settled
-from fedgraft.moe.load import load_base
+from fedgraft.hosting import training_of
+from fedgraft.methods.method import settled
+from fedgraft.reach import Connect, connecting
 from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
 from fedgraft.report.progress import Progress
 from fedgraft.report.record import Record, write_document
 from fedgraft.signals import deferred
-from fedgraft.training.client import Client, MemoryStore
+from fedgraft.training.client import Report
 from fedgraft.tree import digest_of_digests
 from fedgraft.trouble import Stand
 
@@ -47,44 +44,58 @@ class Stopped(KeyboardInterrupt):
 class Session:
     """A run in memory."""
 
-    def __init__(self, recipe: Recipe, folder: Path, progress: Progress, stand: Stand | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, progress: Progress, stand: Stand | None = None, connect: Connect | None = None
+    ) -> None:
+        """Load what the run needs, or wait for its clients.
+
+        Args:
+            recipe: the run.
+            folder: the run folder, which need not exist yet.
+            progress: where to report.
+            stand: told where the run stands.
+            connect: how clients are reached; None: as `recipe.engine` says.
+
+        Raises:
+            ValueError: data, model, method and clients do not fit together, or clients cannot be reached.
+        """
         self.recipe, self.folder, self.progress, self.stand = recipe, folder, progress, stand or Stand(folder)
+        self.run = origin.run_id(folder)
         self.method = recipe.build_method()
-        self._begin("loading", 2)
-        self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
-        check_rows(self.clients.values(), recipe.evaluation.split)
-        participation.check(recipe.federation, list(self.clients), self.method.merge)
-        self.sites, self.training = self.clients, recipe.training
-        if self.method.pooled:
-            self.sites = pooled(self.clients)
-            self.training = recipe.training.for_pool(recipe.federation.clients_of(len(self.clients)))
-        progress.step(f"data; next the base model {recipe.model.name}")
-        base = load_base(recipe.model)
-        self.method = settled(self.method, base, recipe.lora, list(self.sites))
-        work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
-        self.account = take_account(base, self.method, recipe.lora, recipe.graft, work)
-        self.model = GraftedModel(base, recipe.lora, recipe.graft)
-        progress.step("model")
-        progress.tell(summary(self.account))
-        self.engine = InProcess(
-            questions=questions(self.method) | {"evaluate": partial(evaluate_client, self.method, settings=recipe.evaluation)},
-            open_client=self._open_client,
-            store=MemoryStore(folder / "clients"),
-            on_failure=self._failed,
-        )
-        self.server = Server(
-            clients=list(self.sites),
-            seed=recipe.seed,
-            federation=recipe.federation,
-            lr=recipe.training.lr,
-            lr_min=recipe.training.lr_min,
-            fresh_shared=lambda: self.model.fresh_adapters(recipe.seed),
-            steps=lambda number, client: self.training.steps_of(recipe.seed, number, client),
-        )
         self.opened = False
         self.replies: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         self.late: list[str] = []
+        self._begin("loading", 2)
+        self.reach = (connect or connecting(recipe.engine))(recipe, folder, self.run, self)
+        try:
+            self._prepare()
+        except BaseException:
+            self.reach.close()
+            raise
+
+    def _prepare(self) -> None:
+        """Everything that can be refused before the first question."""
+        recipe = self.recipe
+        participation.check(recipe.federation, self.reach.clients, self.method.merge)
+        self.training = training_of(recipe, self.method, len(self.reach.clients))
+        self.progress.step(f"data; next the base model {recipe.model.name}")
+        anatomy = self.reach.anatomy()
+        self.method = settled(self.method, anatomy, recipe.lora, self.reach.sites)
+        work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
+        self.account = take_account(anatomy, self.method, recipe.lora, recipe.graft, work)
+        self.engine = self.reach.engine()
+        self.progress.step("model")
+        self.progress.tell(summary(self.account))
+        self.server = Server(
+            clients=self.reach.sites,
+            seed=recipe.seed,
+            federation=recipe.federation,
+            lr=recipe.training.lr,
+            lr_min=recipe.training.lr_min,
+            fresh_shared=self.reach.fresh_adapters,
+            steps=lambda number, client: self.training.steps_of(recipe.seed, number, client),
+        )
 
     def go(self) -> Record:
         """From wherever the run stands to its end."""
@@ -127,30 +138,38 @@ class Session:
 
     def environment(self) -> dict[str, Any]:
         """What the run ran on, and the digests that a resume compares."""
-        return origin.environment(self.model.base, list(self.clients.values()))
+        return origin.environment(self.recipe.model.name, self.reach.cards(), self.run)
+
+    def close(self) -> None:
+        """Let go of the clients."""
+        self.reach.close()
+
+    def hear(self, client: str) -> Report:
+        """A client of this process was opened."""
+        self.stand.client = client
+        title = f"round {self.server.round + 1}  {client}" if self.stand.phase == "training" else client
+        return partial(self.progress.part, client, title)
+
+    def failed(self, client: str, reason: str) -> None:
+        """A client could not train."""
+        self._without(client, reason, "It sits this round out with the memory it had", "stopped")
+
+    def lost(self, client: str, reason: str) -> None:
+        """No usable reply came from a client."""
+        self._without(client, reason, "It is left out here; its own state is kept on its side", "lost")
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
+        self.progress.warn(text)
 
     def _begin(self, phase: str, total: int) -> None:
         self.stand.phase, self.stand.client = phase, ""
         self.progress.begin(phase, total)
 
-    def _open_client(self, name: str) -> Client:
-        recipe = self.recipe
-        self.stand.client = name
-        title = f"round {self.server.round + 1}  {name}" if self.stand.phase == "training" else name
-        return Client(
-            data=(self.clients | self.sites)[name],
-            model=self.model,
-            seed=recipe.seed,
-            data_settings=recipe.data,
-            training=self.training,
-            selection=recipe.selection,
-            report=partial(self.progress.part, name, title),
-        )
-
-    def _failed(self, client: str, reason: str) -> None:
+    def _without(self, client: str, reason: str, after: str, word: str) -> None:
         self.failures[client] = reason
-        self.progress.warn(f"{reason}. It sits this round out with the memory it had")
-        self.progress.step(f"round {self.server.round + 1}  {client}  stopped")
+        self.progress.warn(f"{reason}. {after}")
+        self.progress.step(f"round {self.server.round + 1}  {client}  {word}")
 
     def _ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
         """The engine's ask; keeps each reply's facts for the record and reports progress."""
@@ -211,7 +230,7 @@ class Session:
 
     def _finalize(self) -> None:
         if self.method.finalize is not None and self.server.state.facts.get("finalized") != self.server.round:
-            self._begin("finishing", len(self.sites))
+            self._begin("finishing", len(self.reach.sites))
             self.method.finalize(self.method, self.server, self._ask)
             self._commit(finalized=self.server.round)
 
@@ -224,12 +243,13 @@ class Session:
 
     def _evaluate(self) -> None:
         """Measure every client's models, then write results and digests."""
-        self._begin("evaluation", len(self.clients))
-        packages = {client: self.method.pack(self.method, self.server, client) for client in self.clients}
+        self._begin("evaluation", len(self.reach.clients))
+        packages = {client: self.method.pack(self.method, self.server, client) for client in self.reach.clients}
         asked = self.engine.asked
         results = {reply.client: reply.bundle.facts["models"] for reply in self._ask("evaluate", packages)}
         self.engine.asked = asked  # evaluation leaves no trace in memories, so it can be repeated
-        digests = {name: self.engine.store.load(name, asked).digest() for name in self.sites}
+        store = self.engine.store
+        digests = {name: store.load(name, asked).digest() for name in self.reach.sites} if store is not None else {}
         state = self.server.state.digest()
         write_document(self.folder / "digest.json", {"state": state, "clients": digests})
         files.write_text(self.folder / "digest.txt", digest_of_digests([state, *(digests[name] for name in sorted(digests))]) + "\n")

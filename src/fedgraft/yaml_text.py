@@ -31,8 +31,8 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def read_yaml(text: str, where: str) -> Any:
-    """Parse YAML.
+def read_yaml(text: str, where: str, what: str = "a recipe") -> Any:
+    """Parse YAML; `what` the text should be, for messages.
 
     Raises:
         ValueError: broken YAML, naming the line, or not a mapping.
@@ -44,7 +44,7 @@ def read_yaml(text: str, where: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         raise ValueError(f"{where}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
     if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{where}: a recipe is a mapping of sections, this is a {type(values).__name__}")
+        raise ValueError(f"{where}: {what} is a mapping of sections, this is a {type(values).__name__}")
     return values
 
 

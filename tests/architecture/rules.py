@@ -10,9 +10,12 @@ from pathlib import PurePath
 # Highest layer first. A module imports from lower rows, from its own part (cli, runner, grafts, ...), and within its row as BESIDE says.
 LAYERS = (
     {"cli"},
+    {"deployment"},
     {"rehearsal", "checkup"},
     {"runner", "starter", "sweep"},
     {"session"},
+    {"reach"},  # how a run gets at its clients
+    {"hosting"},  # rows, base and memories of one process, for the run itself or behind an engine
     {"folders", "origin", "trouble"},
     {"recipe"},
     {"engine", "evaluation", "report", "account"},

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from fedgraft import session
+from fedgraft import hosting, session
 from fedgraft.moe.load import load_base
 from tests.methods.conftest import place, start
 
@@ -24,5 +24,5 @@ def light(monkeypatch):
             BASES[settings] = load_base(settings)
         return copy.deepcopy(BASES[settings])
 
-    monkeypatch.setattr(session, "load_base", copied)
+    monkeypatch.setattr(hosting, "load_base", copied)
     monkeypatch.setattr(session, "leave_page", lambda folder: None)

@@ -8,11 +8,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedgraft.data.example import SPLITS, Example
-from fedgraft.data.partition import allocate, by_dirichlet, counts, load_clients
+from fedgraft.data.partition import allocate, by_dirichlet, load_clients, training_counts
 from fedgraft.data.settings import DataSettings
 
 NUMBERS = {"train": 60, "validation": 12, "test": 24}
 KINDS = ("a", "b", "c")
+
+
+def counts(clients):
+    return {client.name: training_counts(client) for client in clients}
 
 
 def load(split, path=None):

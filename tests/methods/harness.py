@@ -107,7 +107,7 @@ def open_run(recipe: dict[str, Any], folder: Path, lost: Callable[[str, int, str
     run = Run(Session(load_recipe(recipe), folder, Quiet()))
     engine = run.session.engine
     engine.on_send = lambda question, client, content: run.up.append((question, client, content))
-    engine.questions = {question: _watched(run, question, answer) for question, answer in engine.questions.items()}
+    engine.site.questions = {question: _watched(run, question, answer) for question, answer in engine.site.questions.items()}
     ask = engine.ask
 
     def lossy(question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:

@@ -22,7 +22,7 @@ def begin(place: Place, folder: Path, method: str, options: dict[str, Any], **se
 
 def answers(run: Run, name: str) -> dict[str, Prediction]:
     """A client's models as the evaluation gets them."""
-    client, method = run.session._open_client(name), run.session.method
+    client, method = run.session.reach.holdings.open(name), run.session.method
     client.memory = run.memory(name)
     return method.answer(method, client, method.pack(method, run.session.server, name))
 

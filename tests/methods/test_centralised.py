@@ -16,18 +16,18 @@ def test_it_is_plain_training_on_all_rows_together(start, monkeypatch):
     """Three rounds of 3 x 2 steps, bit for bit, by the plain loop over the pooled site's batches."""
     run = start("centralised").go()
     assert run.sites == ["pooled"]
-    site = run.session._open_client("pooled")
-    assert [row.id for row in site.data.train] == [row.id for name in ROWS for row in run.session.clients[name].train]
+    site = run.session.reach.holdings.open("pooled")
+    assert [row.id for row in site.data.train] == [row.id for name in ROWS for row in run.session.reach.holdings.clients[name].train]
     assert len(site.batches(0)) == 6
-    assert equal(run.state, train_alone(run, "pooled", run.session.model.fresh_adapters(0), [], monkeypatch))
+    assert equal(run.state, train_alone(run, "pooled", run.session.reach.holdings.model.fresh_adapters(0), [], monkeypatch))
     assert {name for question, name, _ in run.down if question == "train"} == {"pooled"}
 
 
 def test_of_one_client_it_is_that_clients_training(start, monkeypatch):
     """But for the order of the rows, which hangs on the site's name."""
     run = start("centralised", clients=("ada",), federation={"rounds": 1}).go()
-    assert len(run.session._open_client("pooled").batches(0)) == 2
-    assert len(run.session._open_client("pooled").data.train) == ROWS["ada"]
+    assert len(run.session.reach.holdings.open("pooled").batches(0)) == 2
+    assert len(run.session.reach.holdings.open("pooled").data.train) == ROWS["ada"]
 
 
 def test_every_client_is_evaluated_on_its_own_rows_with_the_same_leaves(start):
@@ -36,7 +36,7 @@ def test_every_client_is_evaluated_on_its_own_rows_with_the_same_leaves(start):
     assert asked == list(ROWS)
     method, server = run.session.method, run.session.server
     for name in ROWS:
-        answers = method.answer(method, run.session._open_client(name), method.pack(method, server, name))
+        answers = method.answer(method, run.session.reach.holdings.open(name), method.pack(method, server, name))
         assert list(answers) == ["base", "personal"]
         assert equal(answers["personal"].tree, run.state)
 
@@ -52,7 +52,7 @@ def test_it_does_the_steps_of_the_clients_sampled(start):
 
 
 def test_a_pooled_site_has_a_name_of_its_own(start):
-    clients = dict(zip(["Pooled", "pooled_", "x"], start("fedavg").session.clients.values(), strict=True))
+    clients = dict(zip(["Pooled", "pooled_", "x"], start("fedavg").session.reach.holdings.clients.values(), strict=True))
     assert list(pooled(clients)) == ["pooled__"]
 
 

@@ -49,18 +49,18 @@ def test_replies_hold_what_is_documented_and_nothing_more(start):
 
 def test_frozen_weights_stand(start):
     run = start("flex", graft={"train": "full"}, training={"checkpointing": True})
-    before = run.session.model.frozen_digest()
+    before = run.session.reach.holdings.model.frozen_digest()
     run.go()
-    assert run.session.model.frozen_digest() == before
+    assert run.session.reach.holdings.model.frozen_digest() == before
     fresh = GraftedModel(load_base(run.session.recipe.model), run.session.recipe.lora, run.session.recipe.graft)
     assert fresh.frozen_digest() == before
 
 
 def test_grafts_are_copies_of_the_selected_experts(opened):
     """Of each client's own choice, which is that of selection run by hand on its own text."""
-    model, chosen = opened.session.model, {}
+    model, chosen = opened.session.reach.holdings.model, {}
     for name in ROWS:
-        client = opened.session._open_client(name)
+        client = opened.session.reach.holdings.open(name)
         choice = select_experts(model.base, client.calibration(), client.selection, 1, client.seed, name)
         chosen[name] = choice.experts
         memory = opened.memory(name)
@@ -94,7 +94,7 @@ def test_grafts_grow_apart(start):
 def test_answers(start):
     """base: nothing; shared: the server's leaves; trained: as training left them; personal: own graft with the server's leaves."""
     run = start("flex", federation={"rounds": 2}).go()
-    method, client = run.session.method, run.session._open_client("bo")
+    method, client = run.session.method, run.session.reach.holdings.open("bo")
     client.memory = run.memory("bo")
     answers = method.answer(method, client, method.pack(method, run.session.server, "bo"))
     assert list(answers) == ["base", "shared", "trained", "personal"]

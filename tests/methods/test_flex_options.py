@@ -53,9 +53,9 @@ def test_every_form_trains_its_leaves_and_only_a_learned_gate_is_one(start, graf
     assert any(".side.0.expert." in key for key in keys)
     assert any(".mix." in key for key in keys) == mix
     moved = run.memory("ada").tree("personal")
-    client = run.session._open_client("ada")
+    client = run.session.reach.holdings.open("ada")
     client.memory = run.memory("ada")
-    fresh = run.session.model.fresh_side(client.experts, client.seed, client.mixture)
+    fresh = run.session.reach.holdings.model.fresh_side(client.experts, client.seed, client.mixture)
     assert fresh.keys() == moved.keys()
     still = [key for key in moved if torch.equal(moved[key], fresh[key])]
     assert not still or graft.get("form") == "in_place"  # there an expert may have met no token
@@ -99,7 +99,7 @@ def test_the_shared_graft_starts_from_the_elected_expert(start):
     assert len(replies) == len(ROWS) + 1  # one of them sends the first leaves
     common = elect([reply.facts["experts"] for reply in replies[: len(ROWS)]])
     assert run.session.server.state.facts["common"] == common
-    for site, expert in zip(run.session.model.base.sites, common, strict=True):
+    for site, expert in zip(run.session.reach.holdings.model.base.sites, common, strict=True):
         assert torch.equal(run.state[f"layers.{site.layer}.side.0.expert.down.weight"], site.experts.down_proj[expert])
     assert Record.load(run.session.folder).selection["ada"]["errors"]
 
@@ -182,7 +182,7 @@ def test_a_private_router_stays(start):
     run = start({"private_router": True}, lora={"targets": ["q", "router"]}).go()
     rows = [run.memory(name).tree("personal")["layers.0.router.weight"] for name in ROWS]
     assert not any(torch.equal(one, other) for one, other in [(rows[0], rows[1]), (rows[1], rows[2])])
-    assert not torch.equal(rows[0], run.session.model.base.sites[0].router.weight)
+    assert not torch.equal(rows[0], run.session.reach.holdings.model.base.sites[0].router.weight)
     for _, _, content in run.up + run.down:
         assert b".router." not in content
     both = start(lora={"targets": ["q", "router"]}).go()

@@ -47,7 +47,7 @@ def test_fedprox_is_the_plain_loop_with_mu_half_of_the_squared_distance(start, m
     """One round of one client of two steps; the reference adds the term to its loss."""
     mu = 50.0
     run = start("fedprox", clients=("ada",), federation={"rounds": 1}, training={"lr_min": LR}, options={"mu": mu}).go()
-    first = run.session.model.fresh_adapters(0)
+    first = run.session.reach.holdings.model.fresh_adapters(0)
     loop = plain.train
 
     def with_term(model, tree, steps, settings, **options):
@@ -65,7 +65,7 @@ def test_fedprox_is_the_plain_loop_with_mu_half_of_the_squared_distance(start, m
 def test_fedavgm_moves_on_in_the_direction_of_before(start):
     """Two rounds from the wire: w1 = mean of the replies, w2 = w1 + 0.5 (w1 - w0) + (mean of the replies - w1)."""
     run = start("fedavgm", federation={"rounds": 2}, options={"beta": 0.5}).go()
-    first = run.session.model.fresh_adapters(0)
+    first = run.session.reach.holdings.model.fresh_adapters(0)
     once = mean(trained(run, 0))
     expected = {key: 0.5 * (leaf - first[key].double()) + mean(trained(run, 1))[key] for key, leaf in once.items()}
     close(run.state, expected, 1e-6)
@@ -77,7 +77,7 @@ def test_fedavgm_moves_on_in_the_direction_of_before(start):
 def test_first_adaptive_step_is_the_formula(start, name, released):
     """m = (1 - beta) delta, v from tau^2, w = w0 + 1e-3 m / (sqrt(v) + 1e-3); as released: unweighted, m = delta."""
     run = start(name, federation={"rounds": 1}, options={"released": released}).go()
-    first = run.session.model.fresh_adapters(0)
+    first = run.session.reach.holdings.model.fresh_adapters(0)
     second = {"fedadam": lambda v, s: 0.99 * v + 0.01 * s, "fedyogi": lambda v, s: v - 0.01 * s * (v - s).sign(), "fedadagrad": torch.add}[
         name
     ]
@@ -133,7 +133,7 @@ def scaffold_alone(run, client, tree, control, own, monkeypatch, round_number, o
 def test_scaffold_is_the_papers_algorithm_with_raw_gradients(start, monkeypatch):
     """Two rounds of two clients by hand: c_i+ = mean raw gradient of the two steps, c = mean of the c_i, leaves averaged unweighted."""
     run = start("scaffold", clients=("ada", "bo"), federation={"rounds": 2}, lora={"dropout": 0.0}).go()
-    leaves, control, own = run.session.model.fresh_adapters(0), {}, {"ada": {}, "bo": {}}
+    leaves, control, own = run.session.reach.holdings.model.fresh_adapters(0), {}, {"ada": {}, "bo": {}}
     for number in (0, 1):
         ends, after = {}, {}
         for name, mine in own.items():

@@ -27,7 +27,7 @@ def train_alone(run, client, tree, experts, monkeypatch, rounds=(0, 1, 2), of=3)
     monkeypatch.setattr(plain, "EXPERTS", experts)
     recipe = run.session.recipe
     model = GraftedModel(load_base(recipe.model), recipe.lora, recipe.graft)
-    site = run.session._open_client(client)
+    site = run.session.reach.holdings.open(client)
     for number in rounds:
         steps: list[Batch] = [part for parts in site.batches(number) for part in parts]
         seed = seeds.derive(recipe.seed, "fit", number, client)
@@ -39,7 +39,7 @@ def train_alone(run, client, tree, experts, monkeypatch, rounds=(0, 1, 2), of=3)
 def test_one_client_is_plain_training_of_the_same_leaves(start, monkeypatch, method):
     """Three rounds, bit for bit: what FedAvg's server holds and what Local's client remembers."""
     run = start(method, clients=("ada",)).go()
-    expected = train_alone(run, "ada", run.session.model.fresh_adapters(0), [], monkeypatch)
+    expected = train_alone(run, "ada", run.session.reach.holdings.model.fresh_adapters(0), [], monkeypatch)
     found = {"fedavg": run.state, "local": run.memory("ada").tree("personal")}[method]
     assert len(found) == 12
     assert equal(found, expected)
@@ -49,7 +49,7 @@ def test_one_client_is_plain_training_of_the_same_leaves(start, monkeypatch, met
 def test_flex_of_one_client_is_plain_training_of_attention_and_graft(start, monkeypatch, graft):
     run = start("flex", clients=("ada",), graft=graft).go()
     experts = run.memory("ada").facts["experts"]
-    model = run.session.model
+    model = run.session.reach.holdings.model
     first = combine(model.fresh_adapters(0), model.fresh_side(experts, 0))
     attention, side = partition(train_alone(run, "ada", first, experts, monkeypatch), lambda key: ".attention." in key)
     assert equal(run.state, attention)
@@ -60,7 +60,7 @@ def test_local_clients_do_not_meet(start, monkeypatch):
     """Each of three equals the plain loop of its own; nothing is on the server and nothing is sent."""
     run = start("local").go()
     for name in ("ada", "bo", "cy"):
-        expected = train_alone(run, name, run.session.model.fresh_adapters(0), [], monkeypatch)
+        expected = train_alone(run, name, run.session.reach.holdings.model.fresh_adapters(0), [], monkeypatch)
         assert equal(run.memory(name).tree("personal"), expected)
     assert run.state == {}
 
@@ -68,7 +68,7 @@ def test_local_clients_do_not_meet(start, monkeypatch):
 def test_fedavg_is_the_mean_weighted_by_examples(start, monkeypatch):
     """Two rounds of 7 and 12 rows: (7 a + 12 b) / 19 of plain loops that start from the mean before."""
     run = start("fedavg", clients=("ada", "bo"), federation={"rounds": 2}).go()
-    mean = run.session.model.fresh_adapters(0)
+    mean = run.session.reach.holdings.model.fresh_adapters(0)
     for number in (0, 1):
         ada, bo = (train_alone(run, name, mean, [], monkeypatch, rounds=[number], of=2) for name in ("ada", "bo"))
         mean = {key: ((7 * ada[key].double() + 12 * bo[key].double()) / 19).float() for key in mean}
@@ -81,7 +81,7 @@ def test_fedavg_is_the_mean_weighted_by_examples(start, monkeypatch):
 def test_flex_shares_as_fedavg_and_keeps_each_graft(start, monkeypatch):
     """One round of two clients: attention is the mean of both loops, each graft is its own loop's."""
     run = start("flex", clients=("ada", "bo"), federation={"rounds": 1}, training={"lr_min": LR}).go()
-    model = run.session.model
+    model = run.session.reach.holdings.model
     trained = {}
     for name in ("ada", "bo"):
         experts = run.memory(name).facts["experts"]

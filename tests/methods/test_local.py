@@ -16,7 +16,7 @@ def test_nothing_but_figures_is_sent(start):
 
 def test_answers_are_the_clients_own(start):
     run = start("local").go()
-    method, client = run.session.method, run.session._open_client("cy")
+    method, client = run.session.method, run.session.reach.holdings.open("cy")
     client.memory = run.memory("cy")
     answers = method.answer(method, client, method.pack(method, run.session.server, "cy"))
     assert list(answers) == ["base", "personal"]
@@ -26,6 +26,6 @@ def test_answers_are_the_clients_own(start):
 def test_a_client_that_never_trained_answers_with_its_start(start):
     """B = 0, so it is the base."""
     run = start("local")
-    method, client = run.session.method, run.session._open_client("cy")
+    method, client = run.session.method, run.session.reach.holdings.open("cy")
     answers = method.answer(method, client, method.pack(method, run.session.server, "cy"))
-    assert equal(answers["personal"].tree, run.session.model.fresh_adapters(0))
+    assert equal(answers["personal"].tree, run.session.reach.holdings.model.fresh_adapters(0))

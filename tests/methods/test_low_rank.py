@@ -34,7 +34,7 @@ def product(tree, head):
 
 
 def heads(run):
-    return [key[:-2] for key in run.session.model.fresh_adapters(0) if key.endswith(".A")]
+    return [key[:-2] for key in run.session.reach.holdings.model.fresh_adapters(0) if key.endswith(".A")]
 
 
 def replies(run, round_number=0, clients=3):
@@ -71,25 +71,25 @@ def test_fedex_keeps_the_mean_of_products_round_after_round(start):
 
 def test_fedex_of_one_client_is_plain_training_and_has_no_residual(start, monkeypatch):
     run = start("fedex_lora", clients=("ada",)).go()
-    assert equal(run.state, train_alone(run, "ada", run.session.model.fresh_adapters(0), [], monkeypatch))
+    assert equal(run.state, train_alone(run, "ada", run.session.reach.holdings.model.fresh_adapters(0), [], monkeypatch))
 
 
 @pytest.mark.parametrize("name", ["fedex_lora", "flora"])
 def test_residuals_are_used_and_travel_down_alone_and_the_base_stays(start, name):
     run = start(name)
-    before = run.session.model.frozen_digest()
+    before = run.session.reach.holdings.model.frozen_digest()
     run.go()
-    assert run.session.model.frozen_digest() == before
+    assert run.session.reach.holdings.model.frozen_digest() == before
     down = {key for _, _, content in run.down for key in Bundle.decode(content).tree("shared")}
     up = {key for _, _, content in run.up for key in Bundle.decode(content).tree("shared")}
     assert any(".residual" in key for key in down)
     assert {key.rpartition(".")[2] for key in up} == {"A", "B"}
     assert not any(".residual" in key for key in up)
     whole = answers(run, "ada")["personal"].tree
-    with run.session.model.using(whole, []):
-        used = run.session.model.base.model(torch.arange(12)[None]).logits
-    with run.session.model.using({key: leaf for key, leaf in whole.items() if ".residual" not in key}, []):
-        assert not torch.equal(run.session.model.base.model(torch.arange(12)[None]).logits, used)
+    with run.session.reach.holdings.model.using(whole, []):
+        used = run.session.reach.holdings.model.base.model(torch.arange(12)[None]).logits
+    with run.session.reach.holdings.model.using({key: leaf for key, leaf in whole.items() if ".residual" not in key}, []):
+        assert not torch.equal(run.session.reach.holdings.model.base.model(torch.arange(12)[None]).logits, used)
 
 
 # FLoRA
@@ -117,7 +117,7 @@ def test_floras_residual_is_a_stack_until_a_matrix_is_smaller(place, tmp_path):
 def test_flora_of_one_client_and_round_is_plain_training_of_a_new_pair(start, monkeypatch):
     run = start("flora", clients=("ada",), federation={"rounds": 1}, training={"lr_min": LR}).go()
     sent = replies(run, clients=1)["ada"]
-    drawn = run.session.model.fresh_adapters(seeds.derive(0, "pair", 0, "ada"))
+    drawn = run.session.reach.holdings.model.fresh_adapters(seeds.derive(0, "pair", 0, "ada"))
     assert equal(sent, train_alone(run, "ada", drawn, [], monkeypatch, rounds=[0], of=2))
     assert equal(
         {key.replace(".residual", ""): leaf for key, leaf in run.state.items() if key.endswith("A")},
@@ -146,7 +146,7 @@ def test_flexlora_is_the_mean_of_products_at_enough_rank(place, tmp_path, rank, 
 
 def test_flexlora_of_one_client_keeps_its_product(start, monkeypatch):
     run = start("flexlora", clients=("ada",), federation={"rounds": 1}, training={"lr_min": LR}).go()
-    trained = train_alone(run, "ada", run.session.model.fresh_adapters(0), [], monkeypatch, rounds=[0], of=2)
+    trained = train_alone(run, "ada", run.session.reach.holdings.model.fresh_adapters(0), [], monkeypatch, rounds=[0], of=2)
     for head in heads(run):
         assert_close(product(run.state, head), product(trained, head))
 

@@ -20,7 +20,7 @@ def test_a_late_client_has_trained_and_only_its_reply_is_lost(start):
     usual, run = start("flex", federation={"rounds": 1}).go(), start("flex", federation={"rounds": 1, "deadline": 0.1}).go()
     for name in ROWS:
         assert equal(run.memory(name).tree("personal"), usual.memory(name).tree("personal"))
-    assert equal(run.state, run.session.model.fresh_adapters(0))
+    assert equal(run.state, run.session.reach.holdings.model.fresh_adapters(0))
     (line,) = lines(run)
     assert (line["clients"], line["loss"], line["simulated"]["late"]) == ({}, None, list(ROWS))
     assert line["bytes_up"] == pytest.approx(lines(usual)[0]["bytes_up"], abs=100)  # but for the digits of the seconds it took
@@ -44,7 +44,7 @@ def test_a_client_that_joins_late_grows_its_graft_when_first_asked(start):
     assert run.memory("cy").facts["experts"] == usual.memory("cy").facts["experts"]
     never = start("flex", federation={"rounds": 1, "join": {"cy": 2}}).go()
     assert never.memory("cy").trees == {}
-    client = never.session._open_client("cy")
+    client = never.session.reach.holdings.open("cy")
     (answers,) = [
         never.session.method.answer(
             never.session.method, client, never.session.method.pack(never.session.method, never.session.server, "cy")
@@ -60,8 +60,8 @@ def test_unequal_work_is_the_first_steps_of_the_usual_ones(start):
     run.go()
     for line in lines(run):
         for name, steps in line["simulated"]["steps"].items():
-            usual = full.session._open_client(name).batches(line["round"])[:steps]
-            mine = run.session._open_client(name).batches(line["round"])
+            usual = full.session.reach.holdings.open(name).batches(line["round"])[:steps]
+            mine = run.session.reach.holdings.open(name).batches(line["round"])
             assert [[batch.ids.tolist() for batch in parts] for parts in mine] == [
                 [batch.ids.tolist() for batch in parts] for parts in usual
             ]

@@ -46,8 +46,8 @@ def test_dittos_shared_path_is_fedavg_and_without_pull_its_personal_one_is_local
 def test_dittos_pull_is_towards_the_received_leaves(place, tmp_path):
     """One client, two rounds: v of round 1 starts from v of round 0 and is pulled to what round 0 left on the server."""
     run = begin(place, tmp_path, "ditto", {"pull": 3.0}, clients=("ada",), federation={"rounds": 2}, training={"lr_min": LR}).go()
-    client = run.session._open_client("ada")
-    shared = second = run.session.model.fresh_adapters(0)
+    client = run.session.reach.holdings.open("ada")
+    shared = second = run.session.reach.holdings.model.fresh_adapters(0)
     for number in (0, 1):
         second = client.fit(second, round_number=number, lr=LR, penalty=distance(shared, 3.0)).tree
         shared = client.fit(shared, round_number=number, lr=LR).tree
@@ -83,13 +83,13 @@ def test_the_last_layers_stay(start, name):
 
 def test_fedper_of_one_client_is_plain_training(start, monkeypatch):
     run = start("fedper", clients=("ada",)).go()
-    expected = train_alone(run, "ada", run.session.model.fresh_adapters(0), [], monkeypatch)
+    expected = train_alone(run, "ada", run.session.reach.holdings.model.fresh_adapters(0), [], monkeypatch)
     assert equal(combine(run.state, run.memory("ada").tree("personal")), expected)
 
 
 def test_fedper_averages_below_and_keeps_above(start, monkeypatch):
     run = start("fedper", federation={"rounds": 1}, training={"lr_min": LR}).go()
-    first = run.session.model.fresh_adapters(0)
+    first = run.session.reach.holdings.model.fresh_adapters(0)
     trained = {name: train_alone(run, name, first, [], monkeypatch, rounds=[0], of=2) for name in ROWS}
     for key, leaf in run.state.items():
         torch.testing.assert_close(leaf.double(), mean(run, trained, key), rtol=0, atol=1e-7)
@@ -103,8 +103,8 @@ def test_fedper_averages_below_and_keeps_above(start, monkeypatch):
 def test_fedrep_trains_the_head_on_the_received_layers_then_those_below_it(start):
     """One client, by hand, with the moments it keeps."""
     run = start("fedrep", clients=("ada",), training={"optimizer_state": "kept", "lr_min": LR}, federation={"rounds": 2}).go()
-    client = run.session._open_client("ada")
-    head, body = partition(run.session.model.fresh_adapters(0), lambda key: layer_of(key) == 1)
+    client = run.session.reach.holdings.open("ada")
+    head, body = partition(run.session.reach.holdings.model.fresh_adapters(0), lambda key: layer_of(key) == 1)
     moments = [None, None]
     for number in (0, 1):
         above = client.fit(head, round_number=number, lr=LR, fixed=body, moments=moments[0])
@@ -127,7 +127,7 @@ def test_layers_that_leave_nothing_shared_or_nothing_personal_are_refused_before
 
 def test_fedsa_of_one_client_is_plain_training_and_a_alone_is_sent(start, monkeypatch):
     run = start("fedsa_lora", clients=("ada",)).go()
-    expected = train_alone(run, "ada", run.session.model.fresh_adapters(0), [], monkeypatch)
+    expected = train_alone(run, "ada", run.session.reach.holdings.model.fresh_adapters(0), [], monkeypatch)
     assert equal(combine(run.state, run.memory("ada").tree("personal")), expected)
     assert {key[-1] for key in sent_addresses(run)} == {"A"}
     assert list(answers(run, "ada")) == ["base", "trained", "personal"]  # A alone is no model
@@ -135,7 +135,7 @@ def test_fedsa_of_one_client_is_plain_training_and_a_alone_is_sent(start, monkey
 
 def test_fedsa_averages_a_and_keeps_b(start, monkeypatch):
     run = start("fedsa_lora", federation={"rounds": 1}, training={"lr_min": LR}).go()
-    first = run.session.model.fresh_adapters(0)
+    first = run.session.reach.holdings.model.fresh_adapters(0)
     trained = {name: train_alone(run, name, first, [], monkeypatch, rounds=[0], of=2) for name in ROWS}
     for key, leaf in run.state.items():
         torch.testing.assert_close(leaf.double(), mean(run, trained, key), rtol=0, atol=1e-7)
@@ -145,7 +145,7 @@ def test_fedsa_averages_a_and_keeps_b(start, monkeypatch):
 
 def test_ffa_never_moves_a_and_shares_b(start):
     run = start("ffa_lora").go()
-    drawn = {key: leaf for key, leaf in run.session.model.fresh_adapters(0).items() if key.endswith("A")}
+    drawn = {key: leaf for key, leaf in run.session.reach.holdings.model.fresh_adapters(0).items() if key.endswith("A")}
     assert {key[-1] for key in sent_addresses(run)} == {"B"}
     for name in ROWS:
         assert equal(run.memory(name).tree("personal"), drawn)
@@ -155,7 +155,7 @@ def test_ffa_never_moves_a_and_shares_b(start):
 def test_ffa_averages_the_products_exactly(start):
     """sum_c n_c/n B_c A = (sum_c n_c/n B_c) A, from the replies on the wire."""
     run = start("ffa_lora", federation={"rounds": 1}).go()
-    drawn = run.session.model.fresh_adapters(0)
+    drawn = run.session.reach.holdings.model.fresh_adapters(0)
     replies = {name: Bundle.decode(content).tree("shared") for question, name, content in run.up if question == "train"}
     for key, leaf in run.state.items():
         factor = drawn[key[:-1] + "A"].double()
@@ -171,7 +171,7 @@ def test_fine_tuning_starts_from_fedavg_and_is_plain_training_on_the_next_batche
     plain = start("fedavg").go()
     assert equal(run.state, plain.state)
     for name in ROWS:
-        client, tree = run.session._open_client(name), plain.state
+        client, tree = run.session.reach.holdings.open(name), plain.state
         for number in (3, 4):
             tree = client.fit(tree, round_number=number, lr=5e-4).tree
         assert equal(run.memory(name).tree("personal"), as_own(tree))
@@ -182,7 +182,7 @@ def test_fine_tuning_starts_from_fedavg_and_is_plain_training_on_the_next_batche
 
 def test_a_client_whose_fine_tuning_is_lost_predicts_with_the_shared_leaves(start):
     run = start("fedavg_ft")
-    ask = run.session.engine.questions["finish"]
+    ask = run.session.engine.site.questions["finish"]
 
     def fails(client, package):
         reply = ask(client, package)
@@ -190,7 +190,7 @@ def test_a_client_whose_fine_tuning_is_lost_predicts_with_the_shared_leaves(star
             client.memory = run.memory("bo")
         return reply
 
-    run.session.engine.questions = {**run.session.engine.questions, "finish": fails}
+    run.session.engine.site.questions = {**run.session.engine.site.questions, "finish": fails}
     run.go()
     assert equal(answers(run, "bo")["personal"].tree, run.state)
     assert not equal(answers(run, "ada")["personal"].tree, run.state)
@@ -226,7 +226,7 @@ def test_interrupted_fine_tuning_resumes_and_an_extended_run_tunes_anew(place, t
     run_recipe(place.recipe("fedavg", federation={"rounds": 1}), out=tmp_path / "plain")
     resume(tmp_path / "plain", rounds=2)
     assert Bundle.load(tmp_path / "plain" / "state" / "state.safetensors").digest() == session.server.state.digest()
-    expected = session._open_client("cy").fit(session.server.state.tree("shared"), round_number=2, lr=LR).tree
+    expected = session.reach.holdings.open("cy").fit(session.server.state.tree("shared"), round_number=2, lr=LR).tree
     assert equal(as_first(memory.tree("personal")), expected)
 
 
@@ -251,9 +251,9 @@ def test_apfls_ends_are_fedavg_and_local_and_its_shared_path_is_fedavg(start, pl
         second = partition(own.memory(name).tree("personal"), lambda key: key != MIX)[0]
         assert equal(as_first(second), alone.memory(name).tree("personal"))
         first = partition(shared.memory(name).tree("personal"), lambda key: key != MIX)[0]
-        assert equal(as_first(first), shared.session.model.fresh_adapters(0))  # a share of 0 has no gradient
+        assert equal(as_first(first), shared.session.reach.holdings.model.fresh_adapters(0))  # a share of 0 has no gradient
         for run, expected in ((shared, plain.state), (own, alone.memory(name).tree("personal"))):
-            model = run.session.model
+            model = run.session.reach.holdings.model
             with model.using(answers(run, name)["personal"].tree, []), torch.no_grad():
                 found = model.base.model(ids).logits
             with model.using(expected, []), torch.no_grad():
@@ -263,7 +263,7 @@ def test_apfls_ends_are_fedavg_and_local_and_its_shared_path_is_fedavg(start, pl
 def test_apfl_predicts_with_the_blend_of_the_changes(place, tmp_path):
     """W + 0.3 s B_v A_v + 0.7 s B_w A_w, against a single pair of twice the rank that holds both."""
     run = begin(place, tmp_path, "apfl", {"mix": 0.3}, federation={"rounds": 1}).go()
-    tree, model = answers(run, "bo")["personal"].tree, run.session.model
+    tree, model = answers(run, "bo")["personal"].tree, run.session.reach.holdings.model
     joint = {}
     for key in run.state:
         if key.endswith(".A"):
@@ -283,8 +283,8 @@ def test_apfl_predicts_with_the_blend_of_the_changes(place, tmp_path):
 def test_apfls_share_adapts_by_its_own_rate_and_stays_in_bounds(place, tmp_path):
     """One client and two rounds by hand: w, then v in the blend with the new w, then the share."""
     run = begin(place, tmp_path, "apfl", {"mix_lr": 0.01}, clients=("ada",), federation={"rounds": 2}, training={"lr_min": LR}).go()
-    client = run.session._open_client("ada")
-    first, mix = run.session.model.fresh_adapters(0), {MIX: torch.tensor(0.5)}
+    client = run.session.reach.holdings.open("ada")
+    first, mix = run.session.reach.holdings.model.fresh_adapters(0), {MIX: torch.tensor(0.5)}
     second = as_own(first)
     for number in (0, 1):
         first = client.fit(first, round_number=number, lr=LR).tree
@@ -317,8 +317,8 @@ def test_pfedme_by_hand(place, tmp_path):
     run = begin(place, tmp_path, "pfedme", options, clients=("ada", "bo"), federation={"rounds": 1}, training={"lr_min": LR}).go()
     anchors = {}
     for name in ("ada", "bo"):
-        client = run.session._open_client(name)
-        anchor = theta = run.session.model.fresh_adapters(0)
+        client = run.session.reach.holdings.open(name)
+        anchor = theta = run.session.reach.holdings.model.fresh_adapters(0)
         for number, parts in enumerate(client.batches(0)):
             found = client.fit(theta, round_number=0, lr=LR, penalty=distance(anchor, 2.0), purpose=f"fit.{number}", steps=[parts] * 3)
             theta = found.tree

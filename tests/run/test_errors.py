@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedgraft import files, runner, session
+from fedgraft import files, hosting, runner
 from fedgraft.bundle import Bundle
 from fedgraft.evaluation import personal
 from fedgraft.runner import run
@@ -269,14 +269,14 @@ def test_two_processes_in_one_folder(refused, folder, world, tmp_path):
 
 
 def test_a_folder_taken_while_the_model_was_loading(world, command, tmp_path, monkeypatch):
-    load, letter = session.load_base, tmp_path / "out" / "letter.txt"
+    load, letter = hosting.load_base, tmp_path / "out" / "letter.txt"
 
     def slow(settings):
         letter.parent.mkdir()
         letter.write_text("mine", encoding="utf-8")
         return load(settings)
 
-    monkeypatch.setattr(session, "load_base", slow)
+    monkeypatch.setattr(hosting, "load_base", slow)
     done = command(*new(world, tmp_path), "--quiet")
     assert done.code == 2
     assert "exists and is never overwritten" in done.err
@@ -350,7 +350,7 @@ MEMORY_ERRORS = [
 @pytest.mark.parametrize(
     ("module", "function", "where", "lower"),
     [
-        (session, "load_base", "loading (", "set model.dtype: bfloat16"),
+        (hosting, "load_base", "loading (", "set model.dtype: bfloat16"),
         (client_module, "collate", "selection of client 'bakery' (", "lower selection.tokens"),
         (fit_module, "_step", "training of client 'bakery' (", "raise training.accumulation up to training.batch_size"),
         (personal, "batches_in_order", "evaluation of client 'bakery' (", "lower evaluation.batch_size"),
@@ -377,7 +377,7 @@ def test_a_bug_is_told_apart_from_a_mistake(command, world, tmp_path, monkeypatc
     def broken(*_, **__):
         raise AttributeError("no such [thing]")
 
-    monkeypatch.setattr(session, "load_base", broken)
+    monkeypatch.setattr(hosting, "load_base", broken)
     done = command(*new(world, tmp_path), "--quiet")
     assert (done.code, done.out) == (1, "")
     assert done.err == (

@@ -235,12 +235,12 @@ def test_what_is_no_run_folder_is_refused(tmp_path, name):
 
 def test_pretrained_weights_never_change(world, tmp_path):
     session = Session(runner.load_recipe(world.recipe(**LEAN)), tmp_path / "out", runner.Quiet())
-    before = session.model.frozen_digest()
+    before = session.reach.holdings.model.frozen_digest()
     session.folder.mkdir()
     files.write_text(session.folder / "recipe.yaml", yaml.safe_dump({"schema": 1, **session.recipe.complete()}))
     session.go()
-    assert session.model.frozen_digest() == before
-    assert all(parameter.grad is None for parameter in session.model.base.model.parameters())
+    assert session.reach.holdings.model.frozen_digest() == before
+    assert all(parameter.grad is None for parameter in session.reach.holdings.model.base.model.parameters())
 
 
 def test_results_hold_the_models_that_a_method_has(world, finished, tmp_path):

@@ -10,7 +10,7 @@ from statistics import fmean
 
 import pytest
 
-from fedgraft import files, session
+from fedgraft import files, hosting
 from fedgraft.bundle import Bundle
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import resume_command
@@ -109,7 +109,7 @@ def test_from_python_sigterm_is_left_to_the_program_and_ctrl_c_waits_too(world, 
 
 
 def test_stopped_while_loading_nothing_was_begun(command, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "load_base", lambda settings: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(hosting, "load_base", lambda settings: signal.raise_signal(signal.SIGTERM))
     done = command("run", world.write(tmp_path / "recipe.yaml"), "--out", tmp_path / "out", "--quiet")
     assert (done.code, done.err) == (143, "Stopped. Nothing was begun.\n")
     assert not (tmp_path / "out").exists()

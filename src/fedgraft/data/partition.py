@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -74,9 +75,22 @@ def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
     return {name: ClientData(name, [row for client in clients.values() for row in client.train], [], [])}
 
 
-def counts(clients: Sequence[ClientData]) -> dict[str, dict[str, int]]:
-    """Training rows per client and category."""
-    return {client.name: dict(sorted(Counter(row.category for row in client.train).items())) for client in clients}
+def training_counts(client: ClientData) -> dict[str, int]:
+    """Training rows per category."""
+    return dict(sorted(Counter(row.category for row in client.train).items()))
+
+
+def split_rows(client: ClientData) -> dict[str, int]:
+    """Rows per split."""
+    return {split: len(getattr(client, split)) for split in SPLITS}
+
+
+def data_digest(client: ClientData) -> str:
+    """SHA-256 over all rows of a client."""
+    sums = hashlib.sha256()
+    for row in (*client.train, *client.validation, *client.test):
+        sums.update(f"{row}\n".encode())
+    return sums.hexdigest()
 
 
 def by_category(settings: DataSettings, load: Load, seed: int) -> list[ClientData]:

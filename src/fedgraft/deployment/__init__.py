@@ -1,1 +1,1 @@
-"""Runs over several machines: keys, the federation's folder, the processes of coordinator and sites."""
+"""Processes on several machines: the site's worker, what its settings allow, and how it is reached."""

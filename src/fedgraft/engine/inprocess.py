@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from fedgraft.aggregation.server import Reply
 from fedgraft.bundle import Bundle
-from fedgraft.training.client import Client, MemoryStore
+from fedgraft.engine.engine import Traffic
+from fedgraft.engine.site import Site
+from fedgraft.training.client import MemoryStore
 from fedgraft.training.fit import NotFiniteError
-
-Question: TypeAlias = Callable[[Client, Bundle], Bundle]
-"""The client's half of a question: (client, package) -> reply."""
-
-
-@dataclass
-class Traffic:
-    """Encoded bytes since the last reset, as they would cross a wire."""
-
-    down: int = 0
-    up: int = 0
 
 
 @dataclass(kw_only=True)
 class InProcess:
-    """The in-process engine. One client is open at a time, so memory does not grow with their number.
+    """The in-process engine: a loop over one site."""
 
-    `asked` counts the questions put to clients so far, `committed` is its value at the coordinator's last commit; a client's memory is read
-    at the version `asked` and written at the next.
-    """
-
-    questions: Mapping[str, Question]
-    open_client: Callable[[str], Client]
-    store: MemoryStore
+    site: Site
     asked: int = 0
     committed: int = 0
     traffic: Traffic = field(default_factory=Traffic)
@@ -41,6 +25,11 @@ class InProcess:
     """Sees every reply as bytes, before the coordinator does."""
     on_failure: Callable[[str, str], None] = lambda client, reason: None
     """Hears of every client whose training failed."""
+
+    @property
+    def store(self) -> MemoryStore:
+        """The client memories."""
+        return self.site.store
 
     def ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
         """Put one question to many clients, one after another.
@@ -50,21 +39,16 @@ class InProcess:
         version = self.asked
         self.asked += 1
         for name, package in packages.items():
+            sent = package.encode()
+            self.traffic.down += len(sent)
             try:
-                bundle = self._answer(question, name, package, version)
+                reply = self.site.answer(question, name, sent, asked=version, committed=self.committed)
             except NotFiniteError as error:
                 self.on_failure(name, str(error))
-            else:
-                yield Reply(client=name, bundle=bundle)
+                continue
+            self.on_send(question, name, reply)
+            self.traffic.up += len(reply)
+            yield Reply(client=name, bundle=Bundle.decode(reply, f"the reply of client {name!r}"))
 
-    def _answer(self, question: str, name: str, package: Bundle, version: int) -> Bundle:
-        sent = package.encode()
-        self.traffic.down += len(sent)
-        client = self.open_client(name)
-        client.memory = before = self.store.load(name, version)
-        reply = self.questions[question](client, Bundle.decode(sent)).encode()
-        if client.memory is not before:
-            self.store.save(name, version + 1, client.memory, self.committed)
-        self.on_send(question, name, reply)
-        self.traffic.up += len(reply)
-        return Bundle.decode(reply)
+    def close(self) -> None:
+        """Nothing is held."""

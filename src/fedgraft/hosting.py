@@ -1,0 +1,201 @@
+"""What a process that holds rows and the base model does for a run: `Holdings` in the process of the run, `Host` behind bytes on a site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from fedgraft import __version__
+from fedgraft.data.partition import SAFE_NAME, ClientData, check_rows, data_digest, load_clients, pooled, split_rows, training_counts
+from fedgraft.engine.card import Card
+from fedgraft.engine.site import Site
+from fedgraft.engine.wire import Frame
+from fedgraft.evaluation.personal import evaluate_client
+from fedgraft.grafts.graft import GraftedModel
+from fedgraft.methods.method import Method, questions, settled
+from fedgraft.moe.load import Base, load_base
+from fedgraft.moe.memory import means_out_of_memory
+from fedgraft.recipe import Recipe, check_values
+from fedgraft.training.client import Client, MemoryStore, Report, unheard
+from fedgraft.training.fit import NotFiniteError
+from fedgraft.training.settings import TrainingSettings
+
+
+def training_of(recipe: Recipe, method: Method, clients: int) -> TrainingSettings:
+    """How a site trains in a run of so many clients."""
+    return recipe.training.for_pool(recipe.federation.clients_of(clients)) if method.pooled else recipe.training
+
+
+class Holdings:
+    """Rows, base model and memories in one process, for one run. Rows are there at once, the model when it is first needed."""
+
+    def __init__(self, recipe: Recipe, memories: Path, hear: Callable[[str], Report] = lambda client: unheard) -> None:
+        """Read the rows.
+
+        Args:
+            recipe: the run.
+            memories: folder of the client memories.
+            hear: called with a client's name when it is opened; what it returns hears how far it is.
+
+        Raises:
+            ValueError: the rows cannot be read, or a client has none to be evaluated on.
+        """
+        self.recipe, self.memories, self.hear = recipe, memories, hear
+        self.method = recipe.build_method()
+        self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
+        check_rows(self.clients.values(), recipe.evaluation.split)
+        self.sites = pooled(self.clients) if self.method.pooled else self.clients
+        self.training = training_of(recipe, self.method, len(self.clients))
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model.
+
+        Raises:
+            ValueError: as `load_base`.
+        """
+        return load_base(self.recipe.model)
+
+    @cached_property
+    def model(self) -> GraftedModel:
+        """The base with its places for leaves.
+
+        Raises:
+            ValueError: a LoRA target does not exist.
+        """
+        return GraftedModel(self.base, self.recipe.lora, self.recipe.graft)
+
+    def site(self, names: Sequence[str]) -> Site:
+        """The client's half of the run; `names`: all its clients, those of other processes too.
+
+        Raises:
+            ValueError: the method cannot do what it was asked to on this model.
+        """
+        method = settled(self.method, self.base, self.recipe.lora, list(names))
+        return Site(
+            questions=questions(method) | {"evaluate": partial(evaluate_client, method, settings=self.recipe.evaluation)},
+            open_client=self.open,
+            store=MemoryStore(self.memories),
+        )
+
+    def open(self, name: str) -> Client:
+        """A client without its memory."""
+        recipe = self.recipe
+        return Client(
+            data=(self.clients | self.sites)[name],
+            model=self.model,
+            seed=recipe.seed,
+            data_settings=recipe.data,
+            training=self.training,
+            selection=recipe.selection,
+            report=self.hear(name),
+        )
+
+    def card(self, name: str) -> Card:
+        """How a client introduces itself."""
+        data = self.clients[name]
+        return Card(
+            name=name,
+            rows=split_rows(data),
+            categories=training_counts(data),
+            data_digest=data_digest(data),
+            base_digest=self.base.digest,
+            base_notes=tuple(self.base.notes),
+            device=str(self.base.device),
+            fedgraft=__version__,
+        )
+
+
+@dataclass
+class Host:
+    """Answers requests as bytes. The base model and the rows stay in memory from one request to the next of the same run.
+
+    Every request carries the run's recipe, so that a host which was started anew, or never saw the run join, can answer.
+    """
+
+    memories: Callable[[str], Path]
+    """Where the client memories of a run, given by its id, lie."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Keys of the recipe's section `model` that are the site's own."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Keys of the recipe's section `data` that are the site's own."""
+    _held: tuple[object, Holdings] | None = None
+    _site: tuple[object, Site] | None = None
+
+    def handle(self, request: bytes, partition: int | None = None) -> bytes:
+        """The response to a request; what a user can mend comes back as `refused` or `failed` with its reason, a bug is raised.
+
+        Args:
+            request: an encoded `Frame` of kind `join` {run, recipe}, `ask` {run, recipe, clients, question, client, asked, committed} with
+                the package as content, or `leave` {run}.
+            partition: which of the clients that the rows make this node is, by place; None where they make one.
+        """
+        return self.respond(request, partition).encode()
+
+    def respond(self, request: bytes, partition: int | None = None) -> Frame:
+        """`handle`, before encoding."""
+        answers = {"join": self._join, "ask": self._ask, "leave": self._leave}
+        try:
+            frame = Frame.decode(request, "the coordinator's request")
+            if frame.kind not in answers:
+                raise ValueError(f"request {frame.kind!r} is unknown here; install the fedgraft version of the coordinator")
+            return answers[frame.kind](frame, partition)
+        except NotFiniteError as error:
+            return Frame(kind="failed", facts={"reason": str(error)})
+        except (ValueError, OSError) as error:
+            return Frame(kind="refused", facts={"reason": str(error)})
+        except (MemoryError, RuntimeError) as error:
+            if not means_out_of_memory(error):
+                raise
+            return Frame(kind="refused", facts={"reason": f"out of memory ({(str(error).splitlines() or ['no more is known'])[0][:200]})"})
+
+    def _join(self, frame: Frame, partition: int | None) -> Frame:
+        holdings = self._holdings(frame)
+        names = sorted(holdings.clients)
+        if partition is None and len(names) > 1:
+            raise ValueError(
+                f"the rows here make {len(names)} clients ({', '.join(names[:3])}, ...) and a site is one of them; "
+                "set the site's data.path to a file or folder of its own"
+            )
+        if partition is not None and partition >= len(names):
+            raise ValueError(
+                f"this is node {partition}, counted from 0, and the recipe's data make {len(names)} clients; start fewer nodes"
+            )
+        card = holdings.card(names[partition or 0])
+        _ = holdings.model  # what cannot work fails before the first round
+        return Frame(kind="card", facts={"card": card.as_facts()})
+
+    def _ask(self, frame: Frame, partition: int | None) -> Frame:
+        facts, holdings = frame.facts, self._holdings(frame)
+        if facts["client"] not in holdings.clients:
+            raise ValueError(f"client {facts['client']!r} is not at this site, which holds {', '.join(sorted(holdings.clients))}")
+        key = (holdings, tuple(facts["clients"]))
+        if self._site is None or self._site[0] != key:
+            self._site = (key, holdings.site(facts["clients"]))
+        site = self._site[1]
+        asked, committed = int(facts["asked"]), int(facts["committed"])
+        content = site.answer(facts["question"], facts["client"], frame.content, asked=asked, committed=committed)
+        return Frame(kind="reply", facts={"client": facts["client"]}, content=content)
+
+    def _leave(self, frame: Frame, partition: int | None) -> Frame:
+        self._held = self._site = None
+        return Frame(kind="left")
+
+    def _holdings(self, frame: Frame) -> Holdings:
+        """What is held for the run of a request; that of another run is dropped, its memories stay on disk."""
+        run, values = str(frame.facts["run"]), frame.facts["recipe"]
+        if not SAFE_NAME.fullmatch(run):
+            raise ValueError(f"the run's id {run!r} cannot name a folder")
+        if self._held is None or self._held[0] != (run, values):
+            self._held = self._site = None  # before the next base is loaded
+            recipe = check_values(self.own(values), "the coordinator's recipe")
+            self._held = ((run, values), Holdings(recipe, self.memories(run)))
+        return self._held[1]
+
+    def own(self, values: dict[str, Any]) -> dict[str, Any]:
+        """A recipe with the site's own keys in the place of the coordinator's."""
+        sections = {"model": self.model, "data": self.data}
+        return {**values, **{name: {**values.get(name, {}), **own} for name, own in sections.items()}}
