@@ -92,7 +92,10 @@ def status(folder: Folder, as_json: AsJson = False) -> None:
     from rich.table import Table
 
     process = found["process"]
-    _say(f"{found['name']} at {found['address']}: " + (f"the coordinator runs (process {process})" if process else "no coordinator runs here"))
+    _say(
+        f"{found['name']} at {found['address']}: "
+        + (f"the coordinator runs (process {process})" if process else "no coordinator runs here")
+    )
     if found["certificate_days"] is not None:
         _say(f"the coordinator's certificate holds for {found['certificate_days']} more days")
     for title, rows in (("sites", found["sites"]), ("runs", found["runs"])):

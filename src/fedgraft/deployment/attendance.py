@@ -21,7 +21,10 @@ POLL = 0.5  # seconds between looks at the processes
 PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds before a process is started again, doubled each time
 STEADY = 30.0  # seconds after which a start counts as well done
 TRIES = 5  # starts in a row that were not
-UNKNOWN, UNKNOWN_TRIES = "[code: 2004]", 3  # what Flower says of a key nobody registered; a coordinator that starts lets keys in a moment later
+UNKNOWN, UNKNOWN_TRIES = (
+    "[code: 2004]",
+    3,
+)  # what Flower says of a key nobody registered; a coordinator that starts lets keys in a moment later
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ def attend(policy: Path, coordinator: Path | None, tell: Tell, app: str = CLIENT
         app: `module:name` of the installed ClientApp that answers.
 
     Raises:
-        ValueError: settings that are not valid; another command serves the site; the coordinator is not the one of `ca.pem`, or doesn't know
-            the key; a process that cannot stay up.
+        ValueError: settings that are not valid; another command serves the site; the coordinator is not the one of `ca.pem`, or doesn't
+            know the key; a process that cannot stay up.
     """
     folder = policy.absolute().parent
     connection = load_connection(coordinator or folder / CONNECTION)

@@ -84,7 +84,8 @@ def coordinate(federation: Federation, tell: Tell) -> None:
         try:
             me = psutil.Process()
             files.write_json(stand, {"process": os.getpid(), "since": me.create_time(), "address": federation.address})
-            tell(f"coordinator of {federation.name} listens on {joined(settings.listen, settings.port)}; sites reach it as {federation.address}")
+            place = joined(settings.listen, settings.port)
+            tell(f"coordinator of {federation.name} listens on {place}; sites reach it as {federation.address}")
             _serve(federation, Watch(control, tell), link)
         finally:
             stand.unlink(missing_ok=True)
@@ -109,7 +110,9 @@ def refuse_outdated(federation: Federation) -> None:
         ValueError: it has ended.
     """
     if not federation.settings.insecure and (left := days_left(federation.folder / "server.pem")) < 0:
-        raise ValueError(f"{federation.folder / 'server.pem'}: ended {-left} days ago; renew it with: fedgraft federation renew {federation.folder}")
+        raise ValueError(
+            f"{federation.folder / 'server.pem'}: ended {-left} days ago; renew it with: fedgraft federation renew {federation.folder}"
+        )
 
 
 def days_left(certificate: Path) -> int:

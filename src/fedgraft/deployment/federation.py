@@ -89,7 +89,9 @@ def create(folder: Path, hosts: Sequence[str], *, port: int, listen: str, insecu
         ValueError: the folder is not new, a host that is none, or an insecure one that other machines could reach.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is never overwritten; choose another folder, or add sites with: fedgraft federation add-site")
+        raise ValueError(
+            f"{folder}: exists and is never overwritten; choose another folder, or add sites with: fedgraft federation add-site"
+        )
     if insecure:
         listen = "127.0.0.1"
         for host in hosts:
@@ -136,7 +138,9 @@ def add_site(federation: Federation, site: str, public_key: Path | None = None) 
         raise ValueError(f"--site {site}: a name is letters, digits, '.', '_' and '-', no '.' at either end")
     known, bundle = federation.folder / "sites" / f"{site}.pub", federation.bundle(site)
     if known.exists() or bundle.exists():
-        raise ValueError(f"{site}: is a site already; for a new key remove it first: fedgraft federation remove-site {federation.folder} {site}")
+        raise ValueError(
+            f"{site}: is a site already; for a new key remove it first: fedgraft federation remove-site {federation.folder} {site}"
+        )
     public = b"" if federation.settings.insecure else None
     if public is None and public_key is not None:
         public = public_key.read_bytes()

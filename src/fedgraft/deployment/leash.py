@@ -1,15 +1,17 @@
 """`python -m fedgraft.deployment.leash MODULE WORDS...`: run a module as a program that ends when whoever started it is gone.
 
-The starter keeps the other end of standard input. However it ends, even by SIGKILL, the system closes that end, and the program takes its leave
-with everything it has started.
+The starter keeps the other end of standard input. However it ends, even by SIGKILL, the system closes that end, and the program takes
+its leave with everything it has started.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
 import threading
+from contextlib import suppress
 
 import psutil
 
@@ -29,13 +31,16 @@ def _watch() -> None:
         pass
     me = psutil.Process()
     started = me.children(recursive=True)
-    me.terminate()
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # it would end at once, without a word to what it has started
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+    else:
+        me.terminate()
     _, left = psutil.wait_procs(started, timeout=GRACE)
     for process in [*left, me]:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            pass
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -191,7 +192,5 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 def _send(process: psutil.Process, what: str) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         getattr(process, what)()
-    except psutil.NoSuchProcess:
-        pass

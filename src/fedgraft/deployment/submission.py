@@ -61,7 +61,9 @@ def refuse_absent(federation: Federation) -> None:
         ValueError: it does not.
     """
     if running(federation) is None:
-        raise ValueError(f"{federation.folder}: no coordinator runs on this machine; start it with: fedgraft coordinator {federation.folder}")
+        raise ValueError(
+            f"{federation.folder}: no coordinator runs on this machine; start it with: fedgraft coordinator {federation.folder}"
+        )
 
 
 def _look_on(control: Control, number: int, job: Job, progress: Progress) -> str:
@@ -90,4 +92,3 @@ def _await_end(control: Control, number: int, job: Job) -> None:
         if not job.events.exists() and all(run.over for run in control.runs() if run.id == number):
             return  # it had not begun
         time.sleep(POLL)
-

@@ -91,7 +91,10 @@ class Control:
         """All runs since the SuperLink was started, the latest first."""
         with self._told():
             found = self.client.ListRuns(ListRunsRequest()).run_dict
-        runs = [Run(id=one.run_id, status=one.status.status, outcome=one.status.sub_status, details=one.status.details) for one in found.values()]
+        runs = [
+            Run(id=one.run_id, status=one.status.status, outcome=one.status.sub_status, details=one.status.details)
+            for one in found.values()
+        ]
         return sorted(runs, key=lambda run: found[run.id].pending_at, reverse=True)
 
     def start(self, app: Mapping[str, str], config: Mapping[str, str]) -> int:

@@ -1,7 +1,7 @@
 """A site's executor: takes the messages its SuperNode has received and lets the installed ClientApp answer them.
 
-Flower's own executor unpacks the code that came with a run and starts a process with it for every message. This one runs no code but what is
-installed here, whatever was sent along, and it is one process that lasts. The SuperNode must be started with `--isolation process`.
+Flower's own executor unpacks the code that came with a run and starts a process with it for every message. This one runs no code but what
+is installed here, whatever was sent along, and it is one process that lasts. The SuperNode must be started with `--isolation process`.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def main() -> None:
         parser.add_argument(name, required=True)
     words = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every look
     signal.signal(signal.SIGINT, _stop_task)
     Executor(words.address, Path(words.secret_file).read_bytes(), load(words.app)).serve()
 

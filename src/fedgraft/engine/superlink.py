@@ -1,7 +1,7 @@
 """Flower's SuperLink behind a gate: from other machines only what a site needs is answered.
 
-Without accounts, which the open edition lacks, the SuperLink lets whoever reaches its port start runs with code of their own, register keys,
-and read logs. The gate answers such requests from this machine alone; sites reach the Fleet API, where their keys are checked.
+Without accounts, which the open edition lacks, the SuperLink lets whoever reaches its port start runs with code of their own, register
+keys, and read logs. The gate answers such requests from this machine alone; sites reach the Fleet API, where their keys are checked.
 """
 
 from __future__ import annotations
