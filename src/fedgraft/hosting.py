@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedgraft import __version__
+from fedgraft.address import place_of
+from fedgraft.bundle import Bundle
 from fedgraft.data.partition import SAFE_NAME, ClientData, check_rows, data_digest, load_clients, pooled, split_rows, training_counts
 from fedgraft.engine.card import Card
 from fedgraft.engine.site import Site
@@ -76,7 +80,8 @@ class Holdings:
         """
         method = settled(self.method, self.base, self.recipe.lora, list(names))
         return Site(
-            questions=questions(method) | {"evaluate": partial(evaluate_client, method, settings=self.recipe.evaluation)},
+            questions=questions(method)
+            | {"evaluate": partial(evaluate_client, method, settings=self.recipe.evaluation), "router": _router},
             open_client=self.open,
             store=MemoryStore(self.memories),
         )
@@ -105,8 +110,15 @@ class Holdings:
             base_digest=self.base.digest,
             base_notes=tuple(self.base.notes),
             device=str(self.base.device),
+            threads=torch.get_num_threads(),
             fedgraft=__version__,
         )
+
+
+def _router(client: Client, package: Bundle) -> Bundle:
+    """The pretrained rows of the routers, which a coordinator without weights cannot copy."""
+    fresh = client.model.fresh_adapters(client.seed)
+    return Bundle(trees={"router": {key: leaf for key, leaf in fresh.items() if place_of(key) == "router"}})
 
 
 @dataclass
@@ -199,3 +211,22 @@ class Host:
         """A recipe with the site's own keys in the place of the coordinator's."""
         sections = {"model": self.model, "data": self.data}
         return {**values, **{name: {**values.get(name, {}), **own} for name, own in sections.items()}}
+
+
+@dataclass(frozen=True)
+class HostHere:
+    """A `Host.handle` that can be sent to another process of this machine; there, one host answers for all clients of a run folder."""
+
+    folder: str
+    threads: int
+    """Torch threads, where the recipe names no number."""
+
+    def __call__(self, request: bytes, partition: int | None) -> bytes:
+        """The response to a request."""
+        return _host(self).handle(request, partition)
+
+
+@cache
+def _host(here: HostHere) -> Host:
+    torch.set_num_threads(here.threads)
+    return Host(memories=lambda run: Path(here.folder) / "clients")

@@ -12,8 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedgraft import __version__
 from fedgraft.engine.card import Card
 from fedgraft.report.record import read_document, write_document
@@ -105,10 +103,11 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _versions(cards: Sequence[Card]) -> dict[str, Any]:
     """What bits depend on besides recipe, base and data."""
+    threads = sorted({card.threads for card in cards})
     return {
         "fedgraft": __version__,
         "packages": {name: metadata.version(name) for name in PACKAGES},
-        "threads": torch.get_num_threads(),
+        "threads": threads[0] if len(threads) == 1 else threads,
         "device": ", ".join(sorted({card.device for card in cards})),
     }
 

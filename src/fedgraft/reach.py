@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
+from fedgraft import __version__
+from fedgraft.bundle import Bundle
+from fedgraft.data.partition import load_clients
 from fedgraft.engine.card import Card
 from fedgraft.engine.engine import Engine, Listener
+from fedgraft.engine.flower import GridEngine
 from fedgraft.engine.inprocess import InProcess
-from fedgraft.hosting import Holdings
+from fedgraft.engine.settings import EngineSettings, FlowerSettings, SimulationSettings
+from fedgraft.grafts.graft import drawn_adapters
+from fedgraft.hosting import Holdings, HostHere
 from fedgraft.moe.family import Anatomy
-from fedgraft.recipe import EngineSettings, Recipe
+from fedgraft.moe.skeleton import skeleton
+from fedgraft.recipe import Recipe
+from fedgraft.training.client import MemoryStore
 from fedgraft.tree import Tree
 
 
@@ -77,9 +86,142 @@ class Here:
         """Nothing is held but memory."""
 
 
+class Afar:
+    """Clients behind an engine that has been introduced to them; this process has neither rows nor weights."""
+
+    def __init__(self, recipe: Recipe, engine: GridEngine, done: Callable[[], None] = lambda: None) -> None:
+        """Take the clients as they are.
+
+        Args:
+            recipe: the run.
+            engine: knows the clients' cards.
+            done: called once nothing more is asked.
+
+        Raises:
+            ValueError: the clients hold different base models.
+        """
+        self.recipe, self._engine, self._done = recipe, engine, done
+        self.clients = self.sites = [card.name for card in engine.cards]
+        _check_bases(engine.cards)
+        for card in engine.cards:
+            if card.fedgraft != __version__:
+                engine.listener.warn(f"client {card.name!r} has fedgraft {card.fedgraft}, the coordinator {__version__}")
+
+    def anatomy(self) -> Anatomy:
+        """The base without weights."""
+        return self._anatomy
+
+    @cached_property
+    def _anatomy(self) -> Anatomy:
+        return skeleton(self.recipe.model)
+
+    def engine(self) -> GridEngine:
+        """The engine it was made with."""
+        return self._engine
+
+    def cards(self) -> list[Card]:
+        """How each client has introduced itself."""
+        return self._engine.cards
+
+    def fresh_adapters(self) -> Tree:
+        """New leaves of everything in `lora.targets`; the routers' rows, which are pretrained, come from the first client that answers.
+
+        Raises:
+            ValueError: no client has sent them.
+        """
+        lora, engine = self.recipe.lora, self._engine
+        drawn = drawn_adapters(self._anatomy, lora, self.recipe.seed)
+        if "router" not in lora.targets:
+            return drawn
+        asked = engine.asked
+        for client in self.clients:
+            for reply in engine.ask("router", {client: Bundle()}):
+                engine.asked = asked  # it leaves no trace in the client's memory
+                return drawn | reply.bundle.tree("router")
+        raise ValueError("lora.targets: no client has sent the pretrained rows of its routers to begin with; start again")
+
+    def close(self) -> None:
+        """Let go of the clients."""
+        self._engine.close()
+        self._done()
+
+
+def over(grid: Any) -> Connect:
+    """The nodes of a Flower grid (`flwr.serverapp.Grid`), for `runner.run` and `runner.resume` inside a ServerApp."""
+
+    def connect(recipe: Recipe, folder: Path, run: str, listener: Listener) -> Afar:
+        settings = recipe.engine
+        if not isinstance(settings, FlowerSettings):
+            raise ValueError(f"engine.name: {settings.name!r} does not run over sites elsewhere; set it to flower")
+        return Afar(recipe, _introduced(recipe, settings, listener, grid=grid, run=run, wanted=settings.clients))
+
+    return connect
+
+
+def _in_simulation(recipe: Recipe, folder: Path, run: str, listener: Listener) -> Afar:
+    """Flower's simulation, node i being client i of the recipe's rows; memories lie where they do in process."""
+    from fedgraft.engine.simulation import Simulation
+
+    settings = recipe.engine
+    assert isinstance(settings, SimulationSettings)
+    _refuse_pool(recipe)
+    clients = len(load_clients(recipe.data, recipe.seed))
+    handle = HostHere(folder=str(folder.absolute()), threads=max(1, round(settings.cpus)))
+    simulation = Simulation(settings, handle, clients)
+    try:
+        store = MemoryStore(folder / "clients")
+        engine = _introduced(recipe, settings, listener, grid=simulation.grid, run=run, wanted=clients, store=store)
+        return Afar(recipe, engine, simulation.close)
+    except BaseException:
+        simulation.close()
+        raise
+
+
+def _introduced(
+    recipe: Recipe, settings: SimulationSettings | FlowerSettings, listener: Listener, *, wanted: int, **further: Any
+) -> GridEngine:
+    """An engine whose clients have introduced themselves."""
+    _refuse_pool(recipe)
+    engine = GridEngine(
+        recipe=recipe.model_dump(mode="json", exclude_unset=True, exclude={"engine"}),
+        listener=listener,
+        wanted=wanted,
+        wait_seconds=settings.wait_seconds,
+        deadline_seconds=settings.deadline_seconds,
+        **further,
+    )
+    engine.introduce()
+    return engine
+
+
+def _refuse_pool(recipe: Recipe) -> None:
+    if recipe.build_method().pooled:
+        raise ValueError(
+            f"engine.name: method {recipe.method.name!r} pools the clients' rows, which stay where they are; set it to inprocess"
+        )
+
+
+def _check_bases(cards: Sequence[Card]) -> None:
+    """All clients hold the same base model.
+
+    Raises:
+        ValueError: they don't; names who holds which.
+    """
+    held: dict[str, list[str]] = {}
+    for card in cards:
+        held.setdefault(card.base_digest, []).append(card.name)
+    if len(held) > 1:
+        told = "; ".join(f"{digest[:12]} at {', '.join(names)}" for digest, names in sorted(held.items(), key=lambda one: -len(one[1])))
+        raise ValueError(f"the clients hold different base models ({told}); give all of them the same files")
+
+
+def _only_on(recipe: Recipe, folder: Path, run: str, listener: Listener) -> Afar:
+    raise ValueError("engine.name: 'flower' runs over sites elsewhere; start it with: fedgraft run RECIPE --on NAME")
+
+
 def connecting(settings: EngineSettings) -> Connect:
     """How the clients of a recipe's engine are reached."""
     return CONNECT[settings.name]
 
 
-CONNECT: dict[str, Connect] = {"inprocess": Here}
+CONNECT: dict[str, Connect] = {"inprocess": Here, "flower-simulation": _in_simulation, "flower": _only_on}

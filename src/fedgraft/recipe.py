@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from pydantic import ConfigDict, Field, ValidationError, validate_call
 
@@ -14,6 +14,7 @@ from fedgraft.address import everything
 from fedgraft.aggregation.merges import MEANS
 from fedgraft.aggregation.settings import FederationSettings
 from fedgraft.data.settings import DataSettings
+from fedgraft.engine.settings import EngineSettings, InProcessSettings
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.grafts.lora import LoraSettings
 from fedgraft.grafts.side_expert import GraftSettings
@@ -38,13 +39,6 @@ class MethodSettings(Section):
     """A file in the methods folder; `fedgraft list methods` shows them."""
 
 
-class EngineSettings(Section):
-    """Where clients run."""
-
-    name: Literal["inprocess"] = "inprocess"
-    """`inprocess`: all clients in this process, one base model in memory."""
-
-
 class Recipe(Section):
     """Everything that decides a run."""
 
@@ -57,7 +51,7 @@ class Recipe(Section):
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
-    engine: EngineSettings = EngineSettings()
+    engine: EngineSettings = InProcessSettings()
     seed: int = Field(default=0, ge=0)
     """Every random stream derives from it."""
 
@@ -236,6 +230,9 @@ def explain(error: ValidationError, place: str = "", root: type[Section] | None 
         if problem["type"] == "extra_forbidden":
             known = _known_keys(tuple(problem["loc"][:-1]), root or Recipe)
             lines.append(f"unknown key {key!r}{plugins.nearest(str(problem['loc'][-1]), known)}; there are: {', '.join(known)}")
+        elif problem["type"] == "union_tag_invalid":
+            tag, expected = problem["ctx"]["discriminator"].strip("'"), problem["ctx"]["expected_tags"]
+            lines.append(f"{place}{key}.{tag}: there is no {problem['ctx']['tag']!r}; choose one of {expected}")
         else:
             lines.append(f"{place}{key}: {problem['msg']} (got {problem['input']!r})")
     return "\n".join(lines)
@@ -244,6 +241,11 @@ def explain(error: ValidationError, place: str = "", root: type[Section] | None 
 def _known_keys(sections: tuple[Any, ...], root: type[Section]) -> list[str]:
     model: Any = root
     for section in sections:
-        choices = {choice.model_fields["rule"].default: choice for choice in get_args(model)}  # of a section that comes in kinds
+        choices = _kinds(model)
         model = choices[section] if choices else model.model_fields[section].annotation
     return list(model.model_fields)
+
+
+def _kinds(model: Any) -> dict[str, Any]:
+    """The kinds of a section that comes in kinds, by the value of their first key, which tells them apart."""
+    return {next(iter(kind.model_fields.values())).default: kind for kind in get_args(model)}

@@ -69,6 +69,8 @@ def recipe_page() -> str:
         if section.name == "method":
             parts.append("The options of each method: [Methods](../methods.md).")
         parts.append(_keys(section.keys))
+        for kind, other in section.kinds.items():
+            parts += [f"With `name: {kind}`: {other.meaning}", _keys([key for key in other.keys if key.name != "name"])]
     return _page(parts)
 
 

@@ -21,6 +21,8 @@ class Card:
     base_notes: tuple[str, ...] = ()
     """What loading the base changed or left out."""
     device: str = "cpu"
+    threads: int = 1
+    """Torch threads, on whose number bits can depend."""
     fedgraft: str = ""
     """The version installed there."""
 

@@ -112,6 +112,16 @@ def _check_they_run(base: Base, chosen: Sequence[Projection]) -> None:
         )
 
 
+def drawn_adapters(anatomy: Anatomy, lora: LoraSettings, seed: int) -> Tree:
+    """The part of `GraftedModel.fresh_adapters` that is drawn, from shapes alone: all but the routers' rows, which are copied.
+
+    Raises:
+        ValueError: a LoRA target does not exist.
+    """
+    pairs = low_rank_shapes(anatomy, lora) | (expert_shapes(anatomy, lora) if "experts" in lora.targets else {})
+    return fresh_pairs(pairs, seed)
+
+
 def adapter_shapes(anatomy: Anatomy, lora: LoraSettings) -> Shapes:
     """Shapes of the leaves of everything in `lora.targets`; needs no weights, so the meta device will do.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -39,16 +40,20 @@ class KeySection:
     name: str
     meaning: str
     keys: list[Key]
+    kinds: dict[str, KeySection] = dataclasses.field(default_factory=dict)
+    """The other kinds of a section that comes in kinds; `keys` are those of the default one."""
 
 
 def sections() -> list[KeySection]:
     """All sections in the order of a recipe; the keys outside the sections come last, as a section without a name."""
     found, outside = [], []
     for name, field in Recipe.model_fields.items():
-        model = field.annotation
+        kinds = [model for model in get_args(field.annotation) if issubclass(model, Section)]
+        models = {model.model_fields["name"].default: model for model in kinds}
+        model = type(field.default) if kinds else field.annotation
         if isinstance(model, type) and issubclass(model, Section):
-            keys = [_key(name, key, inner) for key, inner in model.model_fields.items()]
-            found.append(KeySection(name=name, meaning=inspect.cleandoc(model.__doc__ or ""), keys=keys))
+            others = {kind: _section(kind, other) for kind, other in models.items() if other is not model}
+            found.append(replace(_section(name, model), kinds=others))
         else:
             outside.append(_key("", name, field))
     return [*found, KeySection(name="", meaning="", keys=outside)]
@@ -101,6 +106,11 @@ def as_yaml(value: Any) -> str:
     """A value as it stands in a recipe, on one line."""
     plain = list(value) if isinstance(value, tuple) else value.model_dump(mode="json") if isinstance(value, Section) else value
     return yaml.safe_dump(plain, default_flow_style=True, width=float("inf"), allow_unicode=True).removesuffix("...\n").strip()
+
+
+def _section(name: str, model: type[Section]) -> KeySection:
+    keys = [_key(name, key, inner) for key, inner in model.model_fields.items()]
+    return KeySection(name=name, meaning=inspect.cleandoc(model.__doc__ or ""), keys=keys)
 
 
 def _key(section: str, name: str, field: FieldInfo) -> Key:

@@ -1,0 +1,46 @@
+"""The recipe section `engine`: where clients run, one model per kind."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
+
+from fedgraft.settings import Section
+
+
+class InProcessSettings(Section):
+    """All clients in this process, one base model in memory."""
+
+    name: Literal["inprocess"] = "inprocess"
+    """`inprocess`: all clients in this process, one base model in memory. `flower-simulation`: clients in several processes of this
+    machine, over several GPUs if there are. `flower`: sites elsewhere; start it with `fedgraft run --on`."""
+
+
+class SimulationSettings(Section):
+    """Clients in processes of Flower's simulation (Ray); every process holds the base model."""
+
+    name: Literal["flower-simulation"] = "flower-simulation"
+    cpus: float = Field(default=1.0, gt=0)
+    """Processors of each client; as many clients run at once as fit. Without `model.threads` it is also its number of torch threads."""
+    gpus: float = Field(default=0.0, ge=0)
+    """Share of a GPU that each client takes: 0.5 puts two on each, which then holds the base model twice."""
+    deadline_seconds: float | None = Field(default=None, gt=0)
+    """Longest wait for the replies to one question; what comes later is lost, the client keeps what it learnt. Empty: no limit."""
+    wait_seconds: float = Field(default=600.0, gt=0)
+    """Longest wait for all clients to introduce themselves, for which each process loads the base model."""
+
+
+class FlowerSettings(Section):
+    """Sites elsewhere, through a Flower SuperLink."""
+
+    name: Literal["flower"] = "flower"
+    clients: int = Field(default=2, ge=1)
+    """How many sites the run waits for before it begins; they are its clients to the end."""
+    deadline_seconds: float | None = Field(default=3600.0, gt=0)
+    """Longest wait for the replies to one question; what comes later is lost, the client keeps what it learnt. Empty: no limit."""
+    wait_seconds: float = Field(default=600.0, gt=0)
+    """Longest wait for the sites to introduce themselves, for which each loads the base model."""
+
+
+EngineSettings: TypeAlias = Annotated[InProcessSettings | SimulationSettings | FlowerSettings, Field(discriminator="name")]
