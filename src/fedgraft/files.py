@@ -80,13 +80,17 @@ def read_lines(path: Path) -> list[Any]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: float = 0) -> Iterator[None]:
     """No other process runs in the folder meanwhile. The system keeps the lock, so that of a killed process is gone with it.
 
+    Args:
+        folder: what is locked; it exists.
+        wait: seconds that another process is given to end.
+
     Raises:
-        ValueError: another one does.
+        ValueError: another one runs there.
     """
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = FileLock(folder / LOCK, timeout=wait)
     try:
         lock.acquire()
     except Timeout:

@@ -165,7 +165,7 @@ class Host:
             return Frame(kind="refused", facts={"reason": f"out of memory ({(str(error).splitlines() or ['no more is known'])[0][:200]})"})
 
     def _join(self, frame: Frame, partition: int | None) -> Frame:
-        holdings = self._holdings(frame)
+        holdings = self.holdings(frame)
         names = sorted(holdings.clients)
         if partition is None and len(names) > 1:
             raise ValueError(
@@ -181,7 +181,7 @@ class Host:
         return Frame(kind="card", facts={"card": card.as_facts()})
 
     def _ask(self, frame: Frame, partition: int | None) -> Frame:
-        facts, holdings = frame.facts, self._holdings(frame)
+        facts, holdings = frame.facts, self.holdings(frame)
         if facts["client"] not in holdings.clients:
             raise ValueError(f"client {facts['client']!r} is not at this site, which holds {', '.join(sorted(holdings.clients))}")
         key = (holdings, tuple(facts["clients"]))
@@ -196,8 +196,12 @@ class Host:
         self._held = self._site = None
         return Frame(kind="left")
 
-    def _holdings(self, frame: Frame) -> Holdings:
-        """What is held for the run of a request; that of another run is dropped, its memories stay on disk."""
+    def holdings(self, frame: Frame) -> Holdings:
+        """What is held for the run of a request; that of another run is dropped, its memories stay on disk.
+
+        Raises:
+            ValueError: the run's id is no name for a folder, or the recipe or the rows cannot be read.
+        """
         run, values = str(frame.facts["run"]), frame.facts["recipe"]
         if not SAFE_NAME.fullmatch(run):
             raise ValueError(f"the run's id {run!r} cannot name a folder")

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from fedgraft.deployment import door, frames
-from tests.run.conftest import ENVIRONMENT, ROOT
+from tests.run.conftest import ENVIRONMENT, ROOT, world
+
+__all__ = ["ask", "hear", "knock", "start", "wait_for", "world"]
 
 
 def knock(folder: Path, body: bytes = b"", kind: str = "question") -> Any:

@@ -34,15 +34,20 @@ def send(connection: socket.socket, header: dict[str, Any], body: bytes = b"") -
         rest = rest[connection.send(rest[:PIECE]) :]
 
 
-def receive_header(connection: socket.socket) -> tuple[dict[str, Any], int]:
+def receive_header(connection: socket.socket, wait: float | None = STALL) -> tuple[dict[str, Any], int]:
     """The header of the next frame and the length of the body that follows.
+
+    Args:
+        connection: where it comes from.
+        wait: seconds until it begins; None: as long as it takes.
 
     Raises:
         ValueError: this is no frame, or its header is too long.
         OSError: the other side is gone or stands still.
     """
-    connection.settimeout(STALL)
+    connection.settimeout(wait)
     magic, length, body = PREFIX.unpack(_exactly(connection, PREFIX.size))
+    connection.settimeout(STALL)
     if magic != MAGIC:
         raise ValueError("not a frame of fedgraft; is the other side of the same version?")
     if length > HEADER_BYTES:

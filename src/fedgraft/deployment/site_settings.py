@@ -47,6 +47,8 @@ class PolicySettings(Section):
     """Sets of leaves that may leave: `shared`, the trained ones; `control`, SCAFFOLD's mean gradients."""
     facts: Names = FACTS
     """Figures that may leave with a reply. A reply with another one is refused as a whole."""
+    categories: bool = True
+    """Tell how many training rows each category has, when the site introduces itself; off: only how many rows there are in all."""
     reply_bytes: Count | None = None
     """Most bytes of one reply."""
     total_bytes: Count | None = None
@@ -59,7 +61,7 @@ class PolicySettings(Section):
     """Digests of the base models that may be trained on (none: any); a run's `environment.json` and the site's log show them."""
     privacy: PrivacySettings = PrivacySettings()
     reasons: bool = False
-    """Tell the coordinator why something failed here in full, which may name files, fields or categories; off: only the site's log does."""
+    """Tell the coordinator in full why something failed here, which may name files, fields or categories; off: only the site's log says."""
 
     @field_validator("methods")
     @classmethod
