@@ -38,14 +38,14 @@ def family_of(part, tmp_path):
 def test_a_port_is_waited_for(parts, tmp_path):
     port = processes.free_port()
     part = parts.start("stub", STUB, ["listen", str(port)], directory=ROOT)
-    processes.listens(part, "127.0.0.1", port, "Mend it.")
+    processes.ready(part, lambda: processes.answers("127.0.0.1", port), "Mend it.")
     assert processes.answers("127.0.0.1", port)
 
 
 def test_an_end_before_listening_is_told_with_the_last_words(parts, tmp_path):
     part = parts.start("stub", STUB, ["fail", "the port is taken"], directory=ROOT)
     with pytest.raises(ValueError, match=r"(?s)stub ended with exit code 3; .*the port is taken.*stub\.log\nMend it\.") as error:
-        processes.listens(part, "127.0.0.1", processes.free_port(), "Mend it.")
+        processes.ready(part, lambda: False, "Mend it.")
     assert str(tmp_path / "logs" / "stub.log") in str(error.value)
 
 

@@ -15,7 +15,7 @@ from fedgraft import files
 from fedgraft.deployment import keys
 from fedgraft.deployment.federation import SETTINGS, STAND, Federation, find, joined
 from fedgraft.deployment.job import VARIABLE
-from fedgraft.deployment.processes import Part, Parts, listens, refuse_taken
+from fedgraft.deployment.processes import Part, Parts, answers, ready, refuse_taken
 
 if TYPE_CHECKING:
     from fedgraft.engine.control import Control
@@ -79,7 +79,7 @@ def coordinate(federation: Federation, tell: Tell) -> None:
         refuse_taken(settings.listen, settings.port, remedy)
         link = parts.start("superlink", "fedgraft.engine.superlink", words(federation))
         host, _, port = federation.local_address.rpartition(":")
-        listens(link, host.strip("[]"), int(port), remedy)
+        ready(link, lambda: answers(host.strip("[]"), int(port)), remedy)
         control = Control(federation.local_address, federation.certificate)
         try:
             me = psutil.Process()

@@ -244,7 +244,8 @@ name: {site}
 
 data: # rows of this site, in the place of what a recipe says; relative paths start from this file's folder
   dataset: jsonl
-  path: {site}.jsonl
+  path: rows # with one file, {site}.jsonl, which gives the client its name
+  partition: files
 
 model: # where the base model lies here: a folder, a hub name, or demo
   name: demo

@@ -20,7 +20,7 @@ VARIABLE = "FEDGRAFT_FEDERATION"
 NUMBER = re.compile(r"[0-9a-f]{16}")
 ORIGIN = "federation.json"
 """In a run folder: which federation it runs on."""
-SERVER, CLIENT = "fedgraft.deployment.server:server", "fedgraft.deployment.server:client"
+SERVER, CLIENT = "fedgraft.deployment.server:server", "fedgraft.deployment.client:client"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +89,18 @@ fab-format-version = 1
 flwr-version-target = "1.42.0"
 
 [tool.flwr.app.components]
-serverapp = "fedgraft_run:server"
-clientapp = "fedgraft_run:client"
+serverapp = "fedgraft_server:app"
+clientapp = "fedgraft_client:app"
 
 [tool.flwr.app.config]
 job = ""
 """
-    lines = [f"from {reference.partition(':')[0]} import {reference.partition(':')[2]}" for reference in (client, server)]
-    names = [reference.partition(":")[2] for reference in (client, server)]
-    assert names == ["client", "server"]
-    return {"pyproject.toml": project, "fedgraft_run.py": "\n".join(lines) + "\n", "LICENSE": "Apache-2.0\n"}
+    shims = {side: _shim(*reference.split(":")) for side, reference in (("server", server), ("client", client))}
+    return {"pyproject.toml": project, "LICENSE": "Apache-2.0\n", **{f"fedgraft_{side}.py": text for side, text in shims.items()}}
+
+
+def _shim(module: str, name: str) -> str:
+    return f'from {module} import {name} as app\n\n__all__ = ["app"]\n'
 
 
 def note_origin(out: Path, federation: Path) -> None:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,18 +135,18 @@ def end(family: Sequence[psutil.Process], grace: float) -> None:
     psutil.wait_procs(left, timeout=grace)
 
 
-def listens(part: Part, host: str, port: int, remedy: str) -> None:
-    """Wait until something accepts connections there.
+def ready(part: Part, is_ready: Callable[[], bool], remedy: str) -> None:
+    """Wait until a process does what it was started for.
 
     Raises:
-        ValueError: the process ended first, or takes too long.
+        ValueError: it ended first, or takes too long.
     """
     deadline = time.monotonic() + PATIENCE
-    while not answers(host, port):
+    while not is_ready():
         if part.ended() is not None:
             raise part.fail(remedy)
         if time.monotonic() > deadline:
-            raise ValueError(f"{part.name} does not listen on {host}:{port} after {PATIENCE:.0f} s\n{part.last_words()}\n{remedy}")
+            raise ValueError(f"{part.name} is not ready after {PATIENCE:.0f} s\n{part.last_words()}\n{remedy}")
         time.sleep(POLL)
 
 

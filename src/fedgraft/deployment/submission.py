@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedgraft import folders
 from fedgraft.deployment import job as jobs
-from fedgraft.deployment.federation import Federation, running
+from fedgraft.deployment.federation import Federation, find, running
 from fedgraft.deployment.job import Job
 from fedgraft.deployment.relay import Onlooker
+from fedgraft.engine.settings import FlowerSettings
+from fedgraft.recipe import load_recipe
 from fedgraft.report.progress import Progress, Quiet
+from fedgraft.report.record import Record
+from fedgraft.session import Stopped
 from fedgraft.signals import deferred
 
 if TYPE_CHECKING:
@@ -19,6 +25,61 @@ if TYPE_CHECKING:
 POLL = 0.2  # seconds between looks at what the run reports
 ASK = 2.0  # seconds between questions whether it still runs
 PATIENCE = 60.0  # seconds for a run that was told to stop
+
+
+def run_on(
+    place: str | Path, recipe: str | None, *, out: Path | None = None, overrides: list[str] | None = None, progress: Progress
+) -> Record:
+    """Run a recipe on the sites of a federation into a new folder on this machine.
+
+    Args:
+        place: folder or name of the federation, whose coordinator runs here.
+        recipe: as `runner.run`; with an engine other than `flower`, all sites that are let in are waited for.
+        out: the run folder; None makes one under the federation's `runs/`.
+        overrides: as `runner.run`.
+        progress: hears what the run reports.
+
+    Raises:
+        ValueError: as `runner.run`; no federation there; no coordinator runs.
+        Stopped: the run was stopped and can be resumed.
+    """
+    federation = find(place)
+    checked = load_recipe(recipe, overrides)
+    if not isinstance(checked.engine, FlowerSettings):
+        number = len(federation.sites())
+        if not number:
+            raise ValueError(
+                f"{federation.folder}: has no sites yet; let some in with: fedgraft federation add-site {federation.folder} NAME"
+            )
+        checked = checked.model_copy(update={"engine": FlowerSettings(name="flower", clients=number)})
+    folder = (out or federation.folder / folders.fresh(checked.method.name)).absolute()
+    folders.refuse_occupied(folder)
+    values = checked.absolute().model_dump(mode="json", exclude_unset=True)
+    return _finished(federation, jobs.new(federation.folder, folder, values), progress)
+
+
+def resume_on(place: str | Path, folder: Path, *, rounds: int | None = None, progress: Progress) -> Record:
+    """Continue or extend a run on the sites of its federation.
+
+    Raises:
+        ValueError: as `runner.resume`; no federation there; no coordinator runs.
+        Stopped: the run was stopped and can be resumed.
+    """
+    federation = find(place)
+    Record.load(folder)  # refuses what is no run folder
+    return _finished(federation, jobs.new(federation.folder, folder, None, rounds), progress)
+
+
+def _finished(federation: Federation, job: Job, progress: Progress) -> Record:
+    try:
+        carry_out(federation, job, progress)
+    except KeyboardInterrupt as stop:
+        if (job.out / "recipe.yaml").exists():
+            raise Stopped(job.out) from stop
+        raise
+    finally:
+        progress.close()
+    return Record.load(job.out)
 
 
 def carry_out(federation: Federation, job: Job, progress: Progress, app: Mapping[str, str] | None = None) -> None:
