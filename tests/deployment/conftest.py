@@ -36,9 +36,9 @@ def ask(folder: Path, body: bytes = b"", kind: str = "question") -> tuple[dict[s
     return hear(knock(folder, body, kind))
 
 
-def wait_for(found: Callable[[], Any]) -> Any:
+def wait_for(found: Callable[[], Any], patience: float = 60) -> Any:
     """What `found` gives as soon as it gives something."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if value := found():
             return value

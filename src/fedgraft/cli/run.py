@@ -23,6 +23,9 @@ def run(
     out: Annotated[Path | None, typer.Option("--out", help="New folder for the run (default: runs/<method>-<time>).")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value. Repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Go through everything up to the first step; write nothing.")] = False,
+    on: Annotated[
+        str | None, typer.Option("--on", help="Run on the sites of a federation, whose coordinator runs here: its folder or name.")
+    ] = None,
     as_json: AsJson = False,
     quiet: IsQuiet = False,
     verbose: IsVerbose = False,
@@ -34,7 +37,12 @@ def run(
     with reporting(quiet or as_json, verbose) as progress:
         with starting(quiet or as_json):
             from fedgraft.runner import run as execute
-        record = execute(recipe, out=out, overrides=set_, progress=progress)
+        if on is not None:
+            from fedgraft.deployment.submission import run_on
+
+            record = run_on(on, recipe, out=out, overrides=set_, progress=progress)
+        else:
+            record = execute(recipe, out=out, overrides=set_, progress=progress)
     _show_run(record, as_json)
 
 
@@ -42,15 +50,23 @@ def run(
 def resume(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     rounds: Annotated[int | None, typer.Option("--rounds", help="Extend the run to so many rounds.")] = None,
+    on: Annotated[str | None, typer.Option("--on", help="Folder or name of the run's federation, if it has moved.")] = None,
     as_json: AsJson = False,
     quiet: IsQuiet = False,
     verbose: IsVerbose = False,
 ) -> None:
-    """Continue a run that was stopped, or extend a finished one."""
+    """Continue a run that was stopped, or extend a finished one, where it ran: here, or on its federation."""
     with reporting(quiet or as_json, verbose, folder) as progress:
         with starting(quiet or as_json):
+            from fedgraft.deployment.job import origin
             from fedgraft.runner import resume as execute
-        record = execute(folder, rounds=rounds, progress=progress)
+        place = on or origin(folder)
+        if place is not None:
+            from fedgraft.deployment.submission import resume_on
+
+            record = resume_on(place, folder, rounds=rounds, progress=progress)
+        else:
+            record = execute(folder, rounds=rounds, progress=progress)
     _show_run(record, as_json)
 
 

@@ -1,0 +1,149 @@
+"""A site's command: worker, SuperNode and executor together, each started again when it ends, all stopped with the command."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from fedgraft import files
+from fedgraft.deployment import door, forward, keys
+from fedgraft.deployment.client import SOCKET
+from fedgraft.deployment.connection import Connection, load_connection
+from fedgraft.deployment.federation import CONNECTION
+from fedgraft.deployment.job import CLIENT
+from fedgraft.deployment.processes import LOCAL, Part, Parts, answers, free_port, ready
+from fedgraft.deployment.site_settings import load_site
+
+Tell: TypeAlias = Callable[[str], None]
+POLL = 0.5  # seconds between looks at the processes
+PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds before a process is started again, doubled each time
+STEADY = 30.0  # seconds after which a start counts as well done
+TRIES = 5  # starts in a row that were not
+UNKNOWN = "[code: 2004]"
+"""What Flower says of a key that nobody registered."""
+UNKNOWN_TRIES = 3  # a coordinator that has just been started lets keys in a moment later
+DISOWNED = "401 Unauthorized"
+"""What it says once the connection that it had is none any more."""
+SENDING = 5.0  # seconds for the last answer to reach the coordinator
+
+
+@dataclass(frozen=True)
+class Duty:
+    """One process of a site."""
+
+    name: str
+    module: str
+    words: Sequence[str]
+    ready: Callable[[], bool] = lambda: True
+    """Whether the next one can be started."""
+
+
+def attend(policy: Path, coordinator: Path | None, tell: Tell, app: str = CLIENT) -> None:
+    """Serve until stopped; the question in hand is given the settings' `grace` to finish.
+
+    Args:
+        policy: the site's settings.
+        coordinator: how the coordinator is reached; None is `coordinator.yaml` beside the settings.
+        tell: hears, in lines, what happens.
+        app: `module:name` of the installed ClientApp that answers.
+
+    Raises:
+        ValueError: settings that are not valid; another command serves the site; the coordinator is not the one of `ca.pem`, or doesn't
+            know the key; a process that cannot stay up.
+    """
+    policy = policy.absolute()
+    settings, place = load_site(policy)
+    connection = load_connection(coordinator or policy.parent / CONNECTION)
+    home = policy.parent / "flower"
+    home.mkdir(exist_ok=True)
+    with files.locked(home), Parts(policy.parent / "logs", home, {SOCKET: str(place.door)}) as parts:
+        secret = home / f"executor-{secrets.token_hex(4)}.secret"
+        try:
+            keys.write_private(secret, secrets.token_bytes(32))
+            if not connection.answers():
+                tell(f"the coordinator at {connection.address} does not answer yet; waiting for it")
+            worker = Duty("worker", "fedgraft.deployment.labour", [str(policy)], lambda: _works(place.door))
+            tell(f"site {settings.name}: starting; the coordinator is {connection.address}, the log of what leaves is {place.log}")
+            _Shift(parts, [worker, *_flower(connection, free_port(), secret, app)], tell).serve()
+        except KeyboardInterrupt:
+            _finish(parts, place.door, settings.grace, tell)
+            raise
+        finally:
+            secret.unlink(missing_ok=True)
+
+
+def _flower(connection: Connection, port: int, secret: Path, app: str) -> list[Duty]:
+    place = ["--isolation", "process", "--host", LOCAL, "--port", str(port), "--superexec-auth-secret-file", str(secret)]
+    node = Duty("supernode", "fedgraft.engine.supernode", [*connection.words(), *place], lambda: answers(LOCAL, port))
+    words = ["--address", f"{LOCAL}:{port}", "--secret-file", str(secret), "--app", app]
+    return [node, Duty("executor", "fedgraft.engine.executor", words)]
+
+
+def _works(place: Path) -> bool:
+    """Whether a worker answers at this door."""
+    with suppress(door.NoWorkerError, OSError):
+        return bool(forward.status(place))
+    return False
+
+
+def _finish(parts: Parts, place: Path, grace: float, tell: Tell) -> None:
+    """Let the worker finish what it has in hand, and the answer leave; another Ctrl-C cuts this short."""
+    worker = next((part for part in parts.parts if part.name == "worker"), None)
+    with suppress(door.NoWorkerError, OSError):
+        if worker is not None and forward.status(place)["busy"] is not None:
+            tell(f"the question in hand has {grace:g} s to finish; Ctrl-C again stops it at once, which loses nothing but its time")
+            forward.stop(place)
+            deadline = time.monotonic() + grace
+            while worker.ended() is None and time.monotonic() < deadline:
+                time.sleep(POLL)
+            time.sleep(SENDING)
+
+
+class _Shift:
+    """The processes and how often each was started."""
+
+    def __init__(self, parts: Parts, duties: Sequence[Duty], tell: Tell) -> None:
+        self.parts, self.duties, self.tell = parts, duties, tell
+        self.running: dict[str, tuple[Part, float]] = {}
+        self.failed: dict[str, int] = {}
+
+    def serve(self) -> None:
+        """Start all, then keep them up."""
+        for duty in self.duties:
+            self._start(duty)
+        self.tell("ready; stop with Ctrl-C")
+        while True:
+            time.sleep(POLL)
+            for duty in self.duties:
+                part, since = self.running[duty.name]
+                if part.ended() is not None:
+                    self._again(duty, part, time.monotonic() - since)
+
+    def _start(self, duty: Duty) -> None:
+        part = self.parts.start(duty.name, duty.module, duty.words)
+        self.running[duty.name] = (part, time.monotonic())
+        ready(part, duty.ready, "Mend what it says, then start the site again.")
+        self.tell(f"{duty.name} is started")
+
+    def _again(self, duty: Duty, part: Part, lasted: float) -> None:
+        """Tell why a process ended, and start it again unless it never stays."""
+        said = part.said()
+        unknown = UNKNOWN in said
+        self.failed[duty.name] = 0 if lasted >= STEADY else self.failed.get(duty.name, 0) + 1
+        if self.failed[duty.name] >= (UNKNOWN_TRIES if unknown else TRIES):
+            remedy = "The coordinator does not know this site's key (any more): ask there for fedgraft federation add-site."
+            often = f"{duty.name} ended {self.failed[duty.name]} times in a row; when the reason is mended, start the site again."
+            raise part.fail(remedy if unknown else often)
+        pause = min(LONGEST_PAUSE, PAUSE * 2 ** self.failed[duty.name])
+        why = f"it ended with exit code {part.ended()}; it said last\n{part.last_words()}"
+        if unknown or DISOWNED in said:
+            why = "the coordinator " + ("does not know this site's key" if unknown else "was started anew, or has shut this site out")
+        self.tell(f"{duty.name} is started again in {pause:.0f} s: {why}")
+        self.parts.stop(part)
+        time.sleep(pause)
+        self._start(duty)

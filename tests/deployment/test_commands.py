@@ -1,0 +1,216 @@
+"""The commands with real SuperLinks and SuperNodes on loopback, over TLS with node keys, as processes of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from fedgraft import runner
+from fedgraft.deployment import keys
+from fedgraft.deployment.processes import free_port
+from tests.deployment.conftest import wait_for
+from tests.run.conftest import ENVIRONMENT, ROOT
+from tests.run.world import World
+
+SITES = ("garden", "harbour")
+PATIENCE = 300  # seconds, for a machine with other things to do
+SMALL = {
+    "method": {"name": "fedavg"},
+    "federation": {"rounds": 2},
+    "training": {"steps": 1},
+    "evaluation": {"rows": 1, "generate": False, "models": ["personal"]},
+}
+
+
+class Running:
+    """A command of fedgraft in a process of its own, with what it said."""
+
+    def __init__(self, log: Path, *words: str | Path) -> None:
+        self.log = log
+        with log.open("wb") as sink:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "fedgraft", *map(str, words)], cwd=ROOT, env=ENVIRONMENT, stdout=sink, stderr=subprocess.STDOUT
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def wait_to_say(self, words: str) -> None:
+        wait_for(lambda: words in self.said or self.process.poll() is not None, PATIENCE)
+        assert words in self.said, self.said
+
+    def ended(self) -> int:
+        return self.process.wait(timeout=PATIENCE)
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+class Place:
+    """A federation of the tiny world's clients on this machine."""
+
+    def __init__(self, folder: Path, world: World, *sites: str) -> None:
+        self.folder, self.world, self.begun = folder, world, list[Running]()
+        self.fed = folder / "fed"
+        port, named = str(free_port()), [word for site in sites for word in ("--site", site)]
+        assert self.start("init", "federation", "init", self.fed, "--host", "localhost", "--port", port, *named).ended() == 0
+        for site in sites:
+            self.furnish(site)
+
+    def furnish(self, site: str) -> Path:
+        """The bundle, moved to a site that has rows and a model."""
+        home = self.folder / site
+        shutil.move(self.fed / "bundles" / site, home)
+        (home / "rows").mkdir()
+        shutil.copy(self.world.data / f"{site}.jsonl", home / "rows")
+        settings = yaml.safe_load((home / "site.yaml").read_text(encoding="utf-8"))
+        settings["model"]["name"] = str(self.world.model)
+        (home / "site.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+        return home
+
+    def start(self, log: str, *words: str | Path) -> Running:
+        self.begun.append(Running(self.folder / f"{log}.log", *words))
+        return self.begun[-1]
+
+    def coordinator(self) -> Running:
+        started = self.start("coordinator", "coordinator", self.fed)
+        started.wait_to_say("listens on")
+        return started
+
+    def site(self, name: str) -> Running:
+        return self.start(name, "site", "--policy", self.folder / name / "site.yaml")
+
+    def run(self, recipe: Path, out: str) -> Running:
+        return self.start(out, "run", recipe, "--on", self.fed, "--out", self.folder / out)
+
+    def stop(self) -> list[psutil.Process]:
+        """End all commands; what they had started and is still there."""
+        family = [process for one in self.begun if one.process.poll() is None for process in one.family()]
+        for one in self.begun:
+            if one.process.poll() is None:
+                one.process.send_signal(signal.SIGTERM)
+        for one in self.begun:
+            one.ended()
+        return psutil.wait_procs(family, timeout=10)[1]
+
+
+@pytest.fixture
+def place(tmp_path: Path, world: World) -> Iterator[Callable[..., Place]]:
+    made: list[Place] = []
+
+    def make(*sites: str) -> Place:
+        made.append(Place(tmp_path, world, *sites))
+        return made[-1]
+
+    yield make
+    for one in made:
+        assert one.stop() == []
+
+
+@pytest.fixture
+def recipe(world: World, tmp_path: Path) -> Path:
+    """A run over the two sites' rows, in process."""
+    rows = tmp_path / "all"
+    rows.mkdir()
+    for site in SITES:
+        shutil.copy(world.data / f"{site}.jsonl", rows)
+    return world.write(tmp_path / "recipe.yaml", **SMALL, data={"path": str(rows)})
+
+
+def state(folder: Path) -> str:
+    return json.loads((folder / "digest.json").read_bytes())["state"]
+
+
+def test_two_sites_over_tls_learn_what_one_process_does(place, recipe, tmp_path):
+    here = place(*SITES)
+    coordinator = here.coordinator()
+    sites = [here.site(name) for name in SITES]
+    for site in sites:
+        site.wait_to_say("ready")
+    run = here.run(recipe, "far")
+    runner.run(recipe, out=tmp_path / "near")
+    assert run.ended() == 0, run.said
+    assert state(tmp_path / "far") == state(tmp_path / "near")
+    assert re.search(r"fedavg: 2 rounds", run.said)
+    assert not list((tmp_path / "far").rglob("memory-*"))  # personal state stays at the sites
+    assert {len(list((tmp_path / name).rglob("memory-*"))) > 0 for name in SITES} == {True}
+    assert "site garden is online" in coordinator.said
+    for one in (*sites, coordinator):
+        family = one.family()
+        assert family
+        one.process.send_signal(signal.SIGTERM)
+        assert one.ended() == 143
+        assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+@pytest.mark.deploy
+def test_a_stopped_run_and_a_killed_coordinator_cost_nothing(place, recipe, tmp_path):
+    """The run is stopped in round 2 and resumed; in round 3 the coordinator is killed with all that hangs on it."""
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    values["federation"]["rounds"] = 4
+    recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
+    here, rounds = place(*SITES), tmp_path / "far" / "rounds.jsonl"
+    coordinator = here.coordinator()
+    for name in SITES:
+        here.site(name)
+    run = here.run(recipe, "far")
+    wait_for(lambda: rounds.exists() and rounds.read_bytes().count(b"\n") >= 1, PATIENCE)
+    run.process.send_signal(signal.SIGINT)
+    assert run.ended() == 130, run.said
+    assert "continue with: fedgraft resume" in run.said
+    done = rounds.read_bytes().count(b"\n")
+    assert done < 4
+    again = here.start("again", "resume", tmp_path / "far")
+    wait_for(lambda: rounds.read_bytes().count(b"\n") > done or again.process.poll() is not None, PATIENCE)
+    family = coordinator.family()
+    coordinator.process.kill()
+    assert psutil.wait_procs(family, timeout=60)[1] == []
+    assert again.ended() == 2, again.said
+    coordinator.ended()
+    here.coordinator()
+    last = here.start("last", "resume", tmp_path / "far")
+    assert last.ended() == 0, last.said
+    runner.run(recipe, out=tmp_path / "near")
+    assert state(tmp_path / "far") == state(tmp_path / "near")
+
+
+@pytest.mark.deploy
+def test_strangers_are_kept_out(place, tmp_path):
+    here = place(*SITES)
+    coordinator = here.coordinator()
+    own = (tmp_path / "harbour" / "node.key").read_bytes()
+    (tmp_path / "harbour" / "node.key").unlink()
+    keys.make_node_key(tmp_path / "harbour" / "node.key", "a stranger")
+    stranger = here.site("harbour")
+    assert stranger.ended() == 2
+    assert "does not know this site's key" in stranger.said
+    (tmp_path / "harbour" / "node.key").write_bytes(own)
+    (tmp_path / "garden" / "ca.pem").unlink()
+    keys.make_authority(tmp_path / "other", "others")
+    shutil.copy(tmp_path / "other" / "ca.pem", tmp_path / "garden")
+    deceived = here.site("garden")
+    assert deceived.ended() == 2
+    assert "is not this federation's coordinator" in deceived.said
+    known = here.site("harbour")
+    coordinator.wait_to_say("site harbour is online")
+    assert here.start("removal", "federation", "remove-site", here.fed, "harbour").ended() == 0
+    coordinator.wait_to_say("site harbour is shut out")
+    assert known.ended() == 2
+    assert "does not know this site's key" in known.said
+    status = here.start("status", "federation", "status", here.fed, "--json")
+    assert status.ended() == 0
+    found = json.loads(status.said)
+    assert (found["process"], [site["site"] for site in found["sites"]]) == (coordinator.process.pid, ["garden"])
+    assert here.start("stop", "federation", "stop", here.fed).ended() == 0
+    assert coordinator.ended() == 143
