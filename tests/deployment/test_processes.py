@@ -68,8 +68,8 @@ def test_stopping_ends_children_too_and_those_that_ignore_sigterm(parts, tmp_pat
     assert parts.parts == []
 
 
-@pytest.mark.parametrize("signal", ["terminate", "kill"])
-def test_nothing_is_left_when_the_command_itself_is_ended(tmp_path, signal):
+@pytest.mark.parametrize(("signal", "kind"), [("terminate", "family"), ("kill", "family"), ("kill", "orderly")])
+def test_nothing_is_left_when_the_command_itself_is_ended(tmp_path, signal, kind):
     """A command in a process of its own that has started a part with a child; SIGKILL leaves it no time to stop anything."""
     code = f"""
 import sys, time
@@ -77,7 +77,7 @@ from pathlib import Path
 from fedgraft.deployment.processes import Parts
 from fedgraft.signals import terminating
 with terminating(), Parts(Path({str(tmp_path / "logs")!r}), Path({str(tmp_path / "home")!r})) as parts:
-    parts.start("stub", {STUB!r}, ["family", {str(tmp_path / "stub.pids")!r}])
+    parts.start("stub", {STUB!r}, [{kind!r}, {str(tmp_path / "stub.pids")!r}])
     time.sleep(600)
 """
     command = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)

@@ -21,14 +21,21 @@ GRACE = 10.0  # seconds to end in an orderly way
 def main() -> None:
     """Hold on to standard input, then be the module."""
     module = sys.argv[1]
-    threading.Thread(target=_watch, name="leash", daemon=True).start()
+    alone = threading.Event()
+    watch = threading.Thread(target=_watch, args=(alone,), name="leash", daemon=True)
+    watch.start()
     sys.argv = sys.argv[1:]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        if alone.is_set():  # the program has taken its leave; what it leaves behind is still to be ended
+            watch.join()
 
 
-def _watch() -> None:
+def _watch(alone: threading.Event) -> None:
     while os.read(0, 1):  # not by way of sys.stdin, whose lock would be held when the program ends by itself
         pass
+    alone.set()
     me = psutil.Process()
     started = me.children(recursive=True)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # it would end at once, without a word to what it has started
