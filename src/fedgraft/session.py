@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,17 @@ from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
 from fedgraft.data.partition import ClientData, check_rows, load_clients, pooled
 from fedgraft.engine.inprocess import InProcess
+from fedgraft.evaluation.knowledge import check_tasks
 from fedgraft.evaluation.personal import evaluate_client
 from fedgraft.grafts.graft import GraftedModel
 from fedgraft.methods.method import questions, settled
 from fedgraft.moe.load import load_base
 from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
+from fedgraft.report.now import noting
 from fedgraft.report.progress import Progress
 from fedgraft.report.record import Record, write_document
+from fedgraft.report.recording import check, recording
 from fedgraft.signals import deferred
 from fedgraft.training.client import Client, MemoryStore
 from fedgraft.tree import digest_of_digests
@@ -53,6 +57,8 @@ class Session:
         self._begin("loading", 2)
         self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
         check_rows(self.clients.values(), recipe.evaluation.split)
+        check_tasks(recipe.evaluation)
+        check(recipe.record)
         participation.check(recipe.federation, list(self.clients), self.method.merge)
         self.sites, self.training = self.clients, recipe.training
         if self.method.pooled:
@@ -88,6 +94,13 @@ class Session:
 
     def go(self) -> Record:
         """From wherever the run stands to its end."""
+        with noting(self.progress, self.folder) as self.progress, self._recording() as self.tell_recorders:
+            return self._go()
+
+    def _recording(self) -> AbstractContextManager[Callable[[], None]]:
+        return recording(self.recipe.record, self.folder, self.recipe.complete(), self.progress.warn)
+
+    def _go(self) -> Record:
         try:
             if not self.opened:
                 self._open()
@@ -208,6 +221,7 @@ class Session:
             files.append_line(self.folder / "rounds.jsonl", line)
             self.server.round += 1
             self._commit()
+        self.tell_recorders()
 
     def _finalize(self) -> None:
         if self.method.finalize is not None and self.server.state.facts.get("finalized") != self.server.round:
@@ -235,3 +249,4 @@ class Session:
         files.write_text(self.folder / "digest.txt", digest_of_digests([state, *(digests[name] for name in sorted(digests))]) + "\n")
         split = self.recipe.evaluation.split  # results come last: with them the run is finished
         write_document(self.folder / "results.json", {"rounds": self.server.round, "split": split, "clients": results})
+        self.tell_recorders()

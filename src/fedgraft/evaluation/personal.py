@@ -14,7 +14,7 @@ from fedgraft.bundle import Bundle
 from fedgraft.data.batches import batches_in_order, encode_all, prompt_ids
 from fedgraft.data.example import Example
 from fedgraft.data.templates import end_id
-from fedgraft.evaluation.knowledge import general_loss
+from fedgraft.evaluation.knowledge import general_loss, task_figures
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.methods.method import Method, Prediction
 from fedgraft.training.client import Client
@@ -34,6 +34,9 @@ def evaluate_client(method: Method, client: Client, package: Bundle, settings: E
         if settings.knowledge_tokens and name in settings.knowledge_models:
             with client.model.using(model.tree, model.experts):
                 figures["general_loss"] = general_loss(client.model.base, settings.knowledge_tokens, client.training.precision)
+        if name in settings.task_models:
+            with client.model.using(model.tree, model.experts):
+                figures |= task_figures(client.model.base, settings, client.training.precision, untouched=not model.tree)
         results[name] = figures
     return Bundle(facts={"models": results})
 

@@ -32,3 +32,11 @@ class EvaluationSettings(Section):
     """Tokens of held-out general text for the perplexity that shows what knowledge was kept; 0 leaves it out."""
     knowledge_models: tuple[Literal["base", "shared", "trained", "personal"], ...] = ("base", "personal")
     """Models whose general perplexity is measured."""
+    tasks: tuple[str, ...] = ()
+    """Multiple-choice tasks by log-likelihood: `arc_easy_sample`, which is shipped, or JSON-lines files of {question, choices, answer}."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks that lm-eval (extra `eval`) measures on the same models: its names, or task files in YAML."""
+    task_rows: int | None = Field(default=None, ge=1)
+    """At most so many rows of each task; empty: all."""
+    task_models: tuple[Literal["base", "shared", "trained", "personal"], ...] = ("base", "personal")
+    """Models that are asked the tasks."""

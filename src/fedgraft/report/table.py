@@ -15,6 +15,8 @@ FIGURES = {  # figure -> (heading, higher is better, digits)
     "rougeL": ("ROUGE-L F1 (%)", True, 2),
     "general_loss": ("loss on held-out general text (nats/token)", False, 3),
 }
+METRICS = {"acc": "accuracy", "acc_norm": "accuracy by likelihood per character"}
+LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "brier_score", "wer", "ter")  # of lm-eval's metrics
 MODELS = ("base", "shared", "trained", "personal")  # as columns from left to right
 
 
@@ -36,8 +38,22 @@ class Table:
         return {"figure": self.figure, "title": self.title, "columns": self.columns, "clients": self.clients, "summary": self.summary}
 
 
+def described(figure: str) -> tuple[str, bool, int]:
+    """(heading, higher is better, digits) of a figure; those of tasks are called `<task>/<metric>`."""
+    if figure in FIGURES:
+        return FIGURES[figure]
+    task, _, metric = figure.rpartition("/")
+    return f"{task}: {METRICS.get(metric, metric)}", not any(word in metric for word in LOWER_IS_BETTER), 3
+
+
+def possible(records: Sequence[Record]) -> list[str]:
+    """The figures there can be: those of every run, then those of the tasks that these were asked."""
+    models = [figures for record in records for client in record.results.values() for figures in client.values()]
+    return [*FIGURES, *dict.fromkeys(figure for figures in models for figure in figures if "/" in figure)]
+
+
 def _table(figure: str, columns: dict[str, dict[str, float]]) -> Table:
-    title, higher, digits = FIGURES[figure]
+    title, higher, digits = described(figure)
     columns = {name: values for name, values in columns.items() if values}
     clients = sorted({client for values in columns.values() for client in values})
     sums = {name: summary(values, higher) for name, values in columns.items()}
@@ -55,7 +71,7 @@ def run_tables(record: Record) -> list[Table]:
     """One table per figure: clients x models of one run."""
     measured = dict.fromkeys(model for client in record.results.values() for model in client)
     models = [*(model for model in MODELS if model in measured), *(model for model in measured if model not in MODELS)]
-    tables = [_table(figure, {model: record.figures(model, figure) for model in models}) for figure in FIGURES]
+    tables = [_table(figure, {model: record.figures(model, figure) for model in models}) for figure in possible([record])]
     return [table for table in tables if table.columns]
 
 
@@ -66,7 +82,7 @@ def compare_tables(records: Sequence[Record]) -> list[Table]:
     """
     groups = grouped(records)
     tables = []
-    for figure in FIGURES:
+    for figure in possible(records):
         base = next((values for group in groups if (values := group.figures("base", figure))), {})
         tables.append(_table(figure, {"base": base, **{group.name: group.figures("personal", figure) for group in groups}}))
     return [table for table in tables if table.columns]
