@@ -15,6 +15,7 @@ FOLDERS = {
     "family": "fedgraft.moe.families",
     "criterion": "fedgraft.selection.criteria",
     "dataset": "fedgraft.data.datasets",
+    "recorder": "fedgraft.report.recorders",
 }
 FRAME = frozenset({"method"})  # modules of the folders that are the frame, not plug-ins
 

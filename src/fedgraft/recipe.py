@@ -21,12 +21,15 @@ from fedgraft.grafts.lora import LoraSettings
 from fedgraft.grafts.side_expert import GraftSettings
 from fedgraft.methods.method import Method
 from fedgraft.moe.settings import EMBEDDED, ModelSettings
+from fedgraft.report.settings import RecordSettings
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.yaml_text import read_value, read_yaml
 
 METHOD_SECTIONS = frozenset({"lora", "graft", "selection"})
+TASKS = ("tasks", "lm_eval")
+"""Keys of the evaluation that may hold paths."""
 SWEEP_SECTIONS = ("grid", "variants", "per_method")
 """What a sweep file holds beside a recipe."""
 
@@ -53,6 +56,7 @@ class Recipe(Section):
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: EngineSettings = InProcessSettings()
+    record: RecordSettings = RecordSettings()
     seed: int = Field(default=0, ge=0)
     """Every random stream derives from it."""
 
@@ -86,6 +90,8 @@ class Recipe(Section):
                 raise ValueError(f"federation.{key}: method {self.method.name!r} pools the rows, so no client can be missing; remove it")
         plugins.load("dataset", self.data.dataset)
         check_cross(self.evaluation, self.engine.name)
+        for recorder in self.record.to:
+            plugins.load("recorder", recorder)
         if "selection" in method.sections:
             plugins.load("criterion", self.selection.criterion)
         for target in sorted(method.targets - set(self.lora.targets)):
@@ -122,6 +128,12 @@ class Recipe(Section):
         parts: dict[str, Any] = {}
         if self.data.path:
             parts["data"] = self.data.model_copy(update={"path": _resolved(self.data.path)})
+        own = {
+            key: tuple(_resolved(name) if Path(name).expanduser().is_file() else name for name in getattr(self.evaluation, key))
+            for key in TASKS
+        }
+        if own != {key: getattr(self.evaluation, key) for key in TASKS}:
+            parts["evaluation"] = self.evaluation.model_copy(update=own)
         if self.model.name != EMBEDDED and Path(self.model.name).expanduser().is_dir():
             parts["model"] = self.model.model_copy(update={"name": _resolved(self.model.name)})
         return self.model_copy(update=parts)

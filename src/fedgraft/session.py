@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from fedgraft.aggregation import participation
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
 from fedgraft.evaluation.gather import gather, replies
+from fedgraft.evaluation.knowledge import check_tasks
 from fedgraft.hosting import training_of
 from fedgraft.methods.method import settled
 from fedgraft.reach import Connect, connecting
 from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
+from fedgraft.report.now import noting
 from fedgraft.report.progress import Progress
 from fedgraft.report.record import CHOICE, Record, keep_finish, read_document, write_document
+from fedgraft.report.recording import check, recording
 from fedgraft.report.summary import summarise
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
@@ -64,10 +68,13 @@ class Session:
         self.recipe, self.folder, self.progress, self.stand = recipe, folder, progress, stand or Stand(folder)
         self.run = origin.run_id(folder)
         self.method = recipe.build_method()
+        check_tasks(recipe.evaluation)
+        check(recipe.record)
         self.opened = False
         self.replies: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         self.late: list[str] = []
+        self.tell_recorders: Callable[[], None] = lambda: None
         self._begin("loading", 2)
         self.reach = (connect or connecting(recipe.engine))(recipe, folder, self.run, self)
         try:
@@ -101,6 +108,13 @@ class Session:
 
     def go(self) -> Record:
         """From wherever the run stands to its end."""
+        with noting(self.progress, self.folder) as self.progress, self._recording() as self.tell_recorders:
+            return self._go()
+
+    def _recording(self) -> AbstractContextManager[Callable[[], None]]:
+        return recording(self.recipe.record, self.folder, self.recipe.complete(), self.progress.warn)
+
+    def _go(self) -> Record:
         try:
             if not self.opened:
                 self._open()
@@ -229,6 +243,7 @@ class Session:
             files.append_line(self.folder / "rounds.jsonl", line)
             self.server.round += 1
             self._commit()
+        self.tell_recorders()
 
     def _finalize(self) -> None:
         if self.method.finalize is not None and self.server.state.facts.get("finalized") != self.server.round:
@@ -279,3 +294,4 @@ class Session:
         overall = summarise(results["clients"], self.recipe.seed, settings.resamples)
         results = {"rounds": self.server.round, **results, "summary": overall}
         write_document(self.folder / "results.json", results)  # comes last: with it the run is finished
+        self.tell_recorders()

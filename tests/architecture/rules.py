@@ -36,7 +36,13 @@ OWNERS = {"flwr": {"engine"}, "ray": {"engine"}, "peft": {"grafts"}, "transforme
 TYPES_ONLY = {"flwr": {"deployment"}, "transformers": {"data", "evaluation", "account"}}
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}
-PLUGIN_FOLDERS = ("fedgraft.methods", "fedgraft.moe.families", "fedgraft.selection.criteria", "fedgraft.data.datasets")
+PLUGIN_FOLDERS = (
+    "fedgraft.methods",
+    "fedgraft.moe.families",
+    "fedgraft.selection.criteria",
+    "fedgraft.data.datasets",
+    "fedgraft.report.recorders",
+)
 FRAME = {"fedgraft.methods.method"}
 FILE_LINES, PLUGIN_LINES, FUNCTION_LINES = 300, 150, 60
 NAME_CHAIN = re.compile(r"^\s*elif .*(method|name|algorithm|model_type|family)\s*==")

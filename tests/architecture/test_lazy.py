@@ -42,7 +42,7 @@ def test_start_up_loads_nothing_heavy(statement):
         ["--version"],
         ["run", "--help"],
         ["sweep", "--help"],
-        *(["list", kind] for kind in ("methods", "families", "criteria", "datasets", "method")),
+        *(["list", kind] for kind in ("methods", "families", "criteria", "datasets", "recorders", "method")),
     ],
     ids=" ".join,
 )

@@ -66,8 +66,8 @@ def refused(command, tmp_path) -> Iterator[Callable[..., str]]:
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    """All files but the lock, which stays empty, and the page, which is made of the others."""
-    return {name: content for name, content in contents(folder).items() if Path(name).name not in {files.LOCK, "report.html"}}
+    """All files but the lock, which stays empty, the page, which is made of the others, and the note on what goes on."""
+    return {name: content for name, content in contents(folder).items() if Path(name).name not in {files.LOCK, "report.html", "now.json"}}
 
 
 def new(world: World, tmp_path: Path, *assignments: str) -> list[str | Path]:

@@ -132,6 +132,9 @@ def names_page() -> str:
         "## Datasets",
         "`data.dataset`: where rows come from. [Your own data](../your-data.md) is `jsonl`.",
         _plugins("dataset"),
+        "## Recorders",
+        "`record.to`: where else than into the run folder a run's figures go; see [The record](../record.md).",
+        _plugins("recorder"),
         "## Model families",
         "`model.name` can be any causal language model of transformers whose experts follow its common contract; this is checked when "
         "it is loaded. These architectures differ and have a file of their own:",

@@ -24,6 +24,7 @@ EXTRAS = {
     "hub": "datasets",
     "eval": "lm_eval",
     "serve": "fastapi",
+    "track": "tensorboard",
     "privacy": "opacus",
     "quant": "torchao",
 }

@@ -8,12 +8,12 @@ import typer
 
 from fedgraft.cli.frame import AsJson, app, console, print_json
 
-KINDS = {"methods": "method", "families": "family", "criteria": "criterion", "datasets": "dataset"}
+KINDS = {"methods": "method", "families": "family", "criteria": "criterion", "datasets": "dataset", "recorders": "recorder"}
 
 
 @app.command(name="list")
 def list_(
-    kind: Annotated[str, typer.Argument(help="methods, families, datasets, criteria or recipes")],
+    kind: Annotated[str, typer.Argument(help="methods, families, datasets, criteria, recorders or recipes")],
     as_json: AsJson = False,
 ) -> None:
     """List what a name in a recipe can be."""

@@ -1,22 +1,28 @@
-"""What general knowledge a model keeps: its loss on held-out text that no client trains on."""
+"""What general knowledge a model keeps: its loss on held-out text that no client trains on, and tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedgraft.data.general_text import general_texts
+from fedgraft.evaluation import harness
+from fedgraft.evaluation.choices import accuracy, judge
+from fedgraft.evaluation.settings import EvaluationSettings
+from fedgraft.evaluation.tasks import load_tasks
 from fedgraft.moe.load import Base
 from fedgraft.training.fit import autocast
 
 WINDOW = 512
 InUse: TypeAlias = Callable[[list[list[int]]], AbstractContextManager[None]]
 """Rows as token ids -> the context in which they are predicted."""
+_untouched: WeakKeyDictionary[Any, dict[Any, dict[str, float]]] = WeakKeyDictionary()  # a frozen base answers every client alike
 
 
 def windows(tokenizer: Any, tokens: int) -> Tensor:
@@ -41,3 +47,31 @@ def general_loss(base: Base, tokens: int, precision: str, in_use: InUse = lambda
             logits = base.model(input_ids=ids, use_cache=False).logits
         losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"))
     return float(torch.cat(losses).mean())
+
+
+def check_tasks(settings: EvaluationSettings) -> None:
+    """Refuse tasks that could not be asked after training.
+
+    Raises:
+        ValueError: no such task, a row that is none, lm-eval not installed, or a task that both ways have.
+    """
+    own = {task.name for task in load_tasks(settings.tasks, settings.split)}
+    if both := own & harness.check(settings.lm_eval):
+        raise ValueError(
+            f"evaluation: tasks and lm_eval both have a task {min(both)!r}, whose figures could not be told apart; rename the file"
+        )
+
+
+def task_figures(base: Base, settings: EvaluationSettings, precision: str, untouched: bool = False) -> dict[str, float]:
+    """`<task>/<metric>` for all tasks of the settings, by the model as it stands; of the `untouched` base they are measured once."""
+    known = _untouched.setdefault(base.model, {}) if untouched else {}
+    key = (settings.tasks, settings.lm_eval, settings.split, settings.task_rows, precision)
+    if key not in known:
+        figures: dict[str, float] = {}
+        for task in load_tasks(settings.tasks, settings.split, settings.task_rows):
+            judged = judge(base, task, settings.batch_size, precision)
+            figures |= {f"{task.name}/{metric}": value for metric, value in accuracy(judged, task.lettered).items()}
+        if settings.lm_eval:
+            figures |= harness.harness_figures(base, settings.lm_eval, settings.batch_size, settings.task_rows, precision)
+        known[key] = figures
+    return dict(known[key])

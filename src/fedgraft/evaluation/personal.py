@@ -16,7 +16,7 @@ from fedgraft.bundle import Bundle
 from fedgraft.data.example import Example
 from fedgraft.evaluation.answers import RowScores, answer_scores, choice_scores
 from fedgraft.evaluation.experts import expert_figures
-from fedgraft.evaluation.knowledge import general_loss
+from fedgraft.evaluation.knowledge import general_loss, task_figures
 from fedgraft.evaluation.response import RowSums, predicting, response_sums
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.intervals import bootstrap
@@ -91,6 +91,9 @@ def measure(
         if settings.knowledge_tokens and name in settings.knowledge_models:
             in_use = partial(predicting, client, model)
             figures["general_loss"] = general_loss(client.model.base, settings.knowledge_tokens, client.training.precision, in_use)
+        if name in settings.task_models:
+            with client.model.using(model.tree, model.experts):
+                figures |= task_figures(client.model.base, settings, client.training.precision, untouched=not model.tree)
         results[name] = {**figures, "interval": _intervals(client, settings, sums, scores, None if name == "base" else base)}
         lines += _lines(name, rows, sums, scores)
     return results, lines

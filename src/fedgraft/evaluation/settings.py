@@ -58,3 +58,11 @@ class EvaluationSettings(Section):
     this process."""
     unseen: UnseenSettings = UnseenSettings()
     """Clients held out of the federation, by number or name, that adapt the shared leaves to 0, 10, ... of their own training rows."""
+    tasks: tuple[str, ...] = ()
+    """Multiple-choice tasks by log-likelihood: `arc_easy_sample`, which is shipped, or JSON-lines files of {question, choices, answer}."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks that lm-eval (extra `eval`) measures on the same models: its names, or task files in YAML."""
+    task_rows: int | None = Field(default=None, ge=1)
+    """At most so many rows of each task; empty: all."""
+    task_models: tuple[Literal["base", "shared", "trained", "personal"], ...] = ("base", "personal")
+    """Models that are asked the tasks."""

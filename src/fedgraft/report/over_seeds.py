@@ -12,7 +12,7 @@ from fedgraft.report import paired
 from fedgraft.report.blocks import Grid, Note, Section
 from fedgraft.report.groups import Group, grouped
 from fedgraft.report.record import Record
-from fedgraft.report.table import FIGURES
+from fedgraft.report.table import described, possible
 
 EXPLANATION = (
     "Mean over the clients' personal models, then mean and sample standard deviation over seeds. Differences are paired by seed. The "
@@ -87,7 +87,7 @@ def seed_tables(records: Sequence[Record], baseline: str | None = None) -> list[
     reference = names[0] if baseline is None and names else baseline
     if reference not in names:
         raise ValueError(f"--baseline {reference}: no such group{nearest(str(reference), names)}; there are: {', '.join(names)}")
-    tables = [_table(figure, groups, str(reference)) for figure in FIGURES]
+    tables = [_table(figure, groups, str(reference)) for figure in possible(records)]
     return [table for table in tables if table.rows]
 
 
@@ -108,7 +108,7 @@ def section(records: Sequence[Record], baseline: str | None = None) -> list[Sect
 
 
 def _table(figure: str, groups: Sequence[Group], baseline: str) -> SeedTable:
-    title, _, digits = FIGURES[figure]
+    title, _, digits = described(figure)
     measured = {group.name: values for group in groups if (values := group.by_seed("personal", figure))}
     others = [name for name in measured if name != baseline and baseline in measured]
     compared = paired.corrected([paired.compare(measured[name], measured[baseline]) for name in others])
@@ -122,7 +122,7 @@ def _table(figure: str, groups: Sequence[Group], baseline: str) -> SeedTable:
 
 
 def _better(table: SeedTable) -> str:
-    return "higher is better" if FIGURES[table.figure][1] else "lower is better"
+    return "higher is better" if described(table.figure)[1] else "lower is better"
 
 
 def _cells(row: SeedRow, digits: int, tested: bool) -> list[str]:

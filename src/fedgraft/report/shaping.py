@@ -10,7 +10,7 @@ from typing import Any
 from fedgraft.report.blocks import Grid, Note, Section
 from fedgraft.report.figures import STYLES
 from fedgraft.report.record import Record
-from fedgraft.report.table import FIGURES, Table
+from fedgraft.report.table import Table, described
 
 RESUME = "fedgraft resume ."
 """How a run goes on, said in its own folder, where its page lies."""
@@ -26,7 +26,7 @@ def headline(tables: Sequence[Table], columns: str) -> Grid:
     names = list(dict.fromkeys(name for table in tables for name in table.columns))
     rows = []
     for table in tables:
-        arrow = "higher is better" if FIGURES[table.figure][1] else "lower is better"
+        arrow = "higher is better" if described(table.figure)[1] else "lower is better"
         for key, label in (("mean", f"{table.title}, {arrow}"), ("std", "deviation over clients"), ("worst", "worst client")):
             rows.append([label, *(value(table.summary[key], name, table.digits) for name in names)])
     return Grid(caption=f"All clients: figures x {columns}", columns=["figure", *names], rows=rows, groups=3)

@@ -20,6 +20,8 @@ FIGURES = {  # figure -> (heading, higher is better, digits)
 }
 Columns = dict[str, dict[str, float]]
 """Column (or row of a summary) -> client (or column) -> value."""
+METRICS = {"acc": "accuracy", "acc_norm": "accuracy by likelihood per character"}
+LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "brier_score", "wer", "ter")  # of lm-eval's metrics
 MODELS = ("base", "shared", "trained", "personal")  # as columns from left to right
 
 
@@ -41,9 +43,23 @@ class Table:
         return {"figure": self.figure, "title": self.title, "columns": self.columns, "clients": self.clients, "summary": self.summary}
 
 
+def described(figure: str) -> tuple[str, bool, int]:
+    """(heading, higher is better, digits) of a figure; those of tasks are called `<task>/<metric>`."""
+    if figure in FIGURES:
+        return FIGURES[figure]
+    task, _, metric = figure.rpartition("/")
+    return f"{task}: {METRICS.get(metric, metric)}", not any(word in metric for word in LOWER_IS_BETTER), 3
+
+
+def possible(records: Sequence[Record]) -> list[str]:
+    """The figures there can be: those of every run, then those of the tasks that these were asked."""
+    models = [figures for record in records for client in record.results.values() for figures in client.values()]
+    return [*FIGURES, *dict.fromkeys(figure for figures in models for figure in figures if "/" in figure)]
+
+
 def _table(figure: str, columns: Columns, references: Columns | None = None) -> Table:
     """`references`: what gains are told over, by name."""
-    title, higher, digits = FIGURES[figure]
+    title, higher, digits = described(figure)
     columns = {name: values for name, values in columns.items() if values}
     clients = sorted({client for values in columns.values() for client in values})
     sums = {name: summary(values, higher) for name, values in columns.items()}
@@ -68,7 +84,7 @@ def run_tables(record: Record) -> list[Table]:
     measured = dict.fromkeys(model for client in record.results.values() for model in client)
     models = [*(model for model in MODELS if model in measured), *(model for model in measured if model not in MODELS)]
     tables = []
-    for figure in FIGURES:
+    for figure in possible([record]):
         table = _table(figure, {model: record.figures(model, figure) for model in models}, {"base": record.figures("base", figure)})
         table.summary.update(_intervals(record, figure, table.columns))
         tables.append(table)
@@ -118,7 +134,7 @@ def compare_tables(records: Sequence[Record]) -> list[Table]:
     groups = grouped(records)
     local = next((group for group in groups if group.runs[0].method == "local"), None)
     tables = []
-    for figure in FIGURES:
+    for figure in possible(records):
         base = next((values for group in groups if (values := group.figures("base", figure))), {})
         references = {"base": base, **({"local": local.figures("personal", figure)} if local is not None else {})}
         tables.append(_table(figure, {"base": base, **{group.name: group.figures("personal", figure) for group in groups}}, references))
