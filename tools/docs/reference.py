@@ -80,7 +80,7 @@ def cli_page() -> str:
     parts = [MADE, "# Command line"]
     group: Any = get_command(app)
     parts += [group.help, _usage("fedgraft", group), _parameters(group)]
-    for name, command in group.commands.items():
+    for name, command in _commands(group):
         parts += [f"## {name}", inspect.cleandoc(command.help or ""), _usage(f"fedgraft {name}", command), _parameters(command)]
     parts += [
         "## Exit codes",
@@ -88,6 +88,13 @@ def cli_page() -> str:
         "Progress goes to standard error, results to standard output.",
     ]
     return _page(parts)
+
+
+def _commands(group: Any, head: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command by its words; those of a group after it."""
+    for name, command in group.commands.items():
+        yield f"{head}{name}", command
+        yield from _commands(command, f"{head}{name} ") if hasattr(command, "commands") else ()
 
 
 def methods_page() -> str:
