@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import runpy
-import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 
 import psutil
@@ -21,31 +21,31 @@ GRACE = 10.0  # seconds to end in an orderly way
 def main() -> None:
     """Hold on to standard input, then be the module."""
     module = sys.argv[1]
-    alone = threading.Event()
-    watch = threading.Thread(target=_watch, args=(alone,), name="leash", daemon=True)
-    watch.start()
+    threading.Thread(target=_watch, name="leash", daemon=True).start()
     sys.argv = sys.argv[1:]
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    finally:
-        if alone.is_set():  # the program has taken its leave; what it leaves behind is still to be ended
-            watch.join()
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _watch(alone: threading.Event) -> None:
+def _watch() -> None:
+    """Once alone, end what the program has started, then the program: after its own end nothing could be done about the others."""
     while os.read(0, 1):  # not by way of sys.stdin, whose lock would be held when the program ends by itself
         pass
-    alone.set()
     me = psutil.Process()
-    started = me.children(recursive=True)
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # it would end at once, without a word to what it has started
-        for process in started:
-            with suppress(psutil.NoSuchProcess):
-                process.terminate()
-    else:
-        me.terminate()
-    _, left = psutil.wait_procs(started, timeout=GRACE)
-    for process in [*left, me]:
+    _end(me.children(recursive=True))
+    me.terminate()
+    time.sleep(GRACE)
+    _kill([*me.children(recursive=True), me])
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _kill(psutil.wait_procs(processes, timeout=GRACE)[1])
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
 
