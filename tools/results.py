@@ -45,9 +45,9 @@ def _flatten(values: dict[str, Any], head: str = "") -> list[tuple[str, Any]]:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """`mean +- std` over seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """`mean ± std` over seeds; of one seed the value."""
+    told = f"{statistics.fmean(values):.{digits}f}"
+    return f"{told} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else told
 
 
 def section(records: list[Record]) -> str:
@@ -90,7 +90,7 @@ def pivoted(records: list[Record], key: str, figure: str) -> str:
             base[value].append(summary(found, True)["mean"])
     columns, digits = sorted({value for _, value in groups}), FIGURES[figure][2]
     seeds = {len(values) for values in groups.values()}
-    head = f"{FIGURES[figure][0]}, {' or '.join(map(str, sorted(seeds)))} seeds, by {key}"
+    head = f"{FIGURES[figure][0]}, seeds: {' or '.join(map(str, sorted(seeds)))}, by {key}"
     lines = [f"| {head} | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     rows = [("base", base)] if base else []
     rows += [(label, {value: groups[label, value] for value in columns if (label, value) in groups}) for label in dict.fromkeys(labels)]
