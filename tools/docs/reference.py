@@ -81,7 +81,12 @@ def cli_page() -> str:
     group: Any = get_command(app)
     parts += [group.help, _usage("fedgraft", group), _parameters(group)]
     for name, command in group.commands.items():
-        parts += [f"## {name}", inspect.cleandoc(command.help or ""), _usage(f"fedgraft {name}", command), _parameters(command)]
+        parts += [f"## {name}", inspect.cleandoc(command.help or ""), _usage(f"fedgraft {name}", command)]
+        within = getattr(command, "commands", {})
+        parts += [] if within else [_parameters(command)]
+        for word, inner in within.items():
+            whole = f"{name} {word}"
+            parts += [f"### {whole}", inspect.cleandoc(inner.help or ""), _usage(f"fedgraft {whole}", inner), _parameters(inner)]
     parts += [
         "## Exit codes",
         "`0`: done. `2`: an error you can mend; the message says how. `130`: stopped by Ctrl-C; the message says how to go on. "
