@@ -33,7 +33,7 @@ BESIDE = {
 }
 # Foreign packages that only some parts may import; TYPES_ONLY names parts that may do so under `if TYPE_CHECKING:`.
 OWNERS = {"flwr": {"engine"}, "ray": {"engine"}, "peft": {"grafts"}, "transformers": {"moe"}}
-TYPES_ONLY = {"transformers": {"data", "evaluation", "account"}}
+TYPES_ONLY = {"flwr": {"deployment"}, "transformers": {"data", "evaluation", "account"}}
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}
 PLUGIN_FOLDERS = ("fedgraft.methods", "fedgraft.moe.families", "fedgraft.selection.criteria", "fedgraft.data.datasets")
