@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -152,14 +152,20 @@ class Afar:
         self._done()
 
 
-def over(grid: Any) -> Connect:
-    """The nodes of a Flower grid (`flwr.serverapp.Grid`), for `runner.run` and `runner.resume` inside a ServerApp."""
+def over(grid: Any, names: Mapping[int, str] | None = None) -> Connect:
+    """The nodes of a Flower grid (`flwr.serverapp.Grid`), for `runner.run` and `runner.resume` inside a ServerApp.
+
+    Args:
+        grid: the grid.
+        names: node -> the client that its key belongs to; without them a node is whoever it says it is.
+    """
 
     def connect(recipe: Recipe, folder: Path, run: str, listener: Listener) -> Afar:
         settings = recipe.engine
         if not isinstance(settings, FlowerSettings):
             raise ValueError(f"engine.name: {settings.name!r} does not run over sites elsewhere; set it to flower")
-        return Afar(recipe, _introduced(recipe, settings, listener, grid=grid, run=run, wanted=settings.clients))
+        engine = _introduced(recipe, settings, listener, grid=grid, run=run, wanted=settings.clients, names=names or {})
+        return Afar(recipe, engine)
 
     return connect
 

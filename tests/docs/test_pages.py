@@ -48,7 +48,7 @@ def test_reference_has_every_key_and_option():
 def test_named_keys_and_commands_exist(page):
     for code in CODE.findall(page.read_text(encoding="utf-8")):
         section, dot, key = code.partition(".")
-        if dot and section in SECTIONS and not code.endswith(".json") and (word := re.match(r"\w+", key)):
+        if dot and section in SECTIONS and not code.endswith((".json", ".yaml")) and (word := re.match(r"\w+", key)):
             assert word[0] in SECTIONS[section] or section == "method", f"{page.name}: {code}"
         if (command := re.match(r"fedgraft (\w+)", code)) and not code.startswith("fedgraft --"):
             assert command[1] in commands(), f"{page.name}: {code}"

@@ -217,6 +217,14 @@ def test_two_nodes_of_one_name_are_refused_by_number(place, tmp_path, grid_of):
         runner.run(flower(place.recipe("fedavg")), out=tmp_path / "run", connect=reach.over(grid))
 
 
+def test_a_node_is_the_client_of_its_key(place, tmp_path, grid_of):
+    names = {100: "ada", 101: "cy", 102: "bo"}  # 101 and 102 hold the rows of bo and cy
+    with pytest.raises(ValueError, match=r"(?s)1 of 3 clients .*\(ada\).*node 101: it says it is client 'bo', its key is that of 'cy'"):
+        runner.run(flower(place.recipe("fedavg")), out=tmp_path / "run", connect=reach.over(grid_of(), names))
+    known = {100: "ada", 101: "bo", 102: "cy"}
+    assert runner.run(flower(place.recipe("fedavg")), out=tmp_path / "again", connect=reach.over(grid_of(), known)).finished
+
+
 def test_another_base_at_one_site_is_refused_by_name(place, tmp_path, grid_of):
     import shutil
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Job:
     """None continues the run in `out`."""
     rounds: int | None = None
     """Extend the run to so many."""
+    nodes: Mapping[int, str] = field(default_factory=dict)
+    """Node -> the site that its key was let in for."""
 
     @property
     def file(self) -> Path:
@@ -52,7 +55,8 @@ class Job:
 
     def save(self) -> None:
         """Write it down."""
-        write_document(self.file, {"out": str(self.out), "recipe": self.recipe, "rounds": self.rounds})
+        nodes = {str(node): site for node, site in self.nodes.items()}
+        write_document(self.file, {"out": str(self.out), "recipe": self.recipe, "rounds": self.rounds, "nodes": nodes})
 
 
 def new(federation: Path, out: Path, recipe: dict[str, Any] | None, rounds: int | None = None) -> Job:
@@ -70,7 +74,8 @@ def load(federation: Path, number: str) -> Job:
     if not NUMBER.fullmatch(number) or not file.is_file():
         raise ValueError(f"{number!r}: no such job; start runs with: fedgraft run RECIPE --on {federation}")
     values = read_document(file)
-    return Job(federation=federation, number=number, out=Path(values["out"]), recipe=values["recipe"], rounds=values["rounds"])
+    nodes = {int(node): site for node, site in values["nodes"].items()}
+    return Job(federation=federation, number=number, out=Path(values["out"]), recipe=values["recipe"], rounds=values["rounds"], nodes=nodes)
 
 
 def bundle(server: str = SERVER, client: str = CLIENT) -> dict[str, str]:

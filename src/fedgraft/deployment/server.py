@@ -53,9 +53,9 @@ def serve(grid: Grid, context: Context) -> None:
 
 def _carry_out(job: Job, grid: Grid, relay: Relay) -> None:
     if job.recipe is None:
-        runner.resume(job.out, rounds=job.rounds, progress=relay, connect=over(grid))
+        runner.resume(job.out, rounds=job.rounds, progress=relay, connect=over(grid, job.nodes))
     else:
-        runner.run(job.recipe, out=job.out, progress=relay, connect=over(grid))
+        runner.run(job.recipe, out=job.out, progress=relay, connect=over(grid, job.nodes))
 
 
 server = server_app(serve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,6 +101,8 @@ def carry_out(federation: Federation, job: Job, progress: Progress, app: Mapping
     refuse_absent(federation)
     control = Control(federation.local_address, federation.certificate)
     try:
+        if not federation.settings.insecure:
+            job = dataclasses.replace(job, nodes={node.id: node.name for node in control.nodes()})
         job.save()
         number = control.start(app or jobs.bundle(), {"job": job.number})
         try:

@@ -64,6 +64,8 @@ class GridEngine:
     wanted: int
     wait_seconds: float
     deadline_seconds: float | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
+    """Node -> the client that its key belongs to, where nodes prove themselves by keys; a node can't be another client then."""
     store: MemoryStore | None = None
     asked: int = 0
     committed: int = 0
@@ -177,6 +179,8 @@ class GridEngine:
 
     def _meet(self, node: int, card: Card, online: set[int]) -> None:
         """A client has introduced itself, for the first time or after its node was gone."""
+        if self.names and self.names.get(node) != card.name:
+            raise ValueError(f"it says it is client {card.name!r}, its key is that of {self.names.get(node, 'no site')!r}")
         known, before = self._cards.get(card.name), self._nodes.get(card.name)
         if known is None and self._begun:
             raise ValueError(f"client {card.name!r} came after the run began and is not part of it")
