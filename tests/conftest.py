@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from fedgraft import seeds
 from fedgraft.moe.load import Base, prepare
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the suite runs in the background of a shell, which turns Ctrl-C off
 
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
