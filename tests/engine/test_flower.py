@@ -57,6 +57,10 @@ def digests(folder, sites=None):
     return {"state": state, **{name: Bundle.load(path).digest() for name, path in newest.items()}}
 
 
+def facts(record):
+    return Bundle.load(record.folder / "state" / "state.safetensors").facts
+
+
 def timeless(record):
     keys = ("round", "lr", "loss", "tokens", "bytes_down")
     return [{key: line[key] for key in keys} for line in record.rounds], record.results, record.selection
@@ -69,6 +73,7 @@ def test_a_run_over_a_grid_is_the_run_in_process(place, tmp_path, grid_of, case)
     afar = runner.run(flower(recipe), out=tmp_path / "afar", connect=reach.over(grid_of()))
     assert digests(afar.folder, tmp_path / "sites") == digests(here.folder)
     assert timeless(afar) == timeless(here)
+    assert facts(afar) == facts(here)  # the same count of questions, so that memories have the same versions
     assert json.loads((afar.folder / "digest.json").read_text()) == {"schema": 1, "state": digests(here.folder)["state"], "clients": {}}
     assert not (afar.folder / "clients").exists()
     same = ("base_digest", "data_digest", "client_digests", "clients", "device", "threads")
@@ -86,6 +91,20 @@ def test_a_coordinator_stopped_and_started_again_with_new_hosts_ends_equal(place
     resumed = runner.resume(tmp_path / "cut", connect=reach.over(grid_of()))
     assert digests(resumed.folder, tmp_path / "sites") == digests(whole.folder)
     assert timeless(resumed) == timeless(whole)
+
+
+def test_what_is_asked_and_what_is_committed_travel_with_every_question(place, tmp_path, grid_of):
+    """The shared graft asks a second time before the first commit."""
+    grid = grid_of()
+    recipe = flower(place.recipe("flex", options={"shared_graft": True}, federation={"rounds": 2}))
+    runner.run(recipe, out=tmp_path / "run", connect=reach.over(grid))
+    asked = [frame.facts for frame in grid.requests if frame.facts.get("client") == "ada"]
+    assert [(facts["question"], facts["asked"], facts["committed"]) for facts in asked[:4]] == [
+        ("graft", 0, 0),
+        ("graft", 1, 0),
+        ("train", 2, 2),
+        ("train", 3, 3),
+    ]
 
 
 def in_round(number, fate, client="bo"):
