@@ -219,6 +219,27 @@ def test_too_few_clients_are_told(place, tmp_path, grid_of, there):
     assert not (tmp_path / "run").exists()
 
 
+def test_waiting_ends_when_what_is_waited_for_is_gone(place, tmp_path, grid_of):
+    """As when the simulation breaks down; there is no deadline here."""
+    grid, calls = grid_of(), []
+
+    def alive():
+        calls.append(1)
+        if len(calls) > 5:
+            raise ValueError("the simulation has ended")
+
+    def connect(recipe, folder, run, listener):
+        found = reach.over(grid)(recipe, folder, run, listener)
+        found._engine.alive = alive
+        return found
+
+    grid.fate = in_round(0, "down")
+    recipe = flower(place.recipe("fedavg"), deadline_seconds=None)
+    with pytest.raises(ValueError, match="the simulation has ended"):
+        runner.run(recipe, out=tmp_path / "run", connect=connect)
+    assert len(calls) == 6
+
+
 def test_silent_and_refusing_nodes_are_told_apart(place, tmp_path, grid_of):
     grid = grid_of(5)
     del grid.nodes[102]

@@ -65,6 +65,8 @@ class GridEngine:
     wait_seconds: float
     deadline_seconds: float | None = None
     store: MemoryStore | None = None
+    alive: Callable[[], None] = lambda: None
+    """Raises once there is nothing left to wait for; asked while waiting."""
     asked: int = 0
     committed: int = 0
     traffic: Traffic = field(default_factory=Traffic)
@@ -88,6 +90,7 @@ class GridEngine:
         """
         until, pause = time.monotonic() + self.wait_seconds, POLL_SECONDS
         while len(self._cards) < self.wanted:
+            self.alive()
             self._greet()
             if len(self._cards) < self.wanted and time.monotonic() > until:
                 raise ValueError(self._missing())
@@ -151,6 +154,7 @@ class GridEngine:
         while True:
             for message in self.grid.pull_messages([number]):
                 return message
+            self.alive()
             left = POLL_MOST if until is None else until - time.monotonic()
             if left <= 0:
                 return None
