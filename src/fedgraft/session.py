@@ -68,7 +68,7 @@ class Session:
         self.recipe, self.folder, self.progress, self.stand = recipe, folder, progress, stand or Stand(folder)
         self.run = origin.run_id(folder)
         self.method = recipe.build_method()
-        check_tasks(recipe.evaluation)
+        check_tasks(recipe.evaluation, self.method.row_wise)
         check(recipe.record)
         self.opened = False
         self.replies: dict[str, dict[str, Any]] = {}

@@ -20,7 +20,7 @@ from fedgraft.report.record import Record
 from fedgraft.runner import resume
 from fedgraft.runner import run as run_recipe
 from fedgraft.tree import digest, equal, num_bytes
-from tests.methods.harness import ROWS, Run
+from tests.methods.harness import ROWS, Run, answers
 
 METHODS = plugins.names("method")
 pytestmark = pytest.mark.parametrize("method", METHODS)
@@ -101,6 +101,7 @@ def test_the_account_before_training_says_what_travels_and_how_often_the_rows_ar
     account = run.session.account
     assert {sum(map(num_bytes, bundle.trees.values())) for bundle in trained(run.up)} == {account.bytes_up()}
     assert max(sum(map(num_bytes, bundle.trees.values())) for bundle in trained(run.down)) == account.bytes_down()
+    assert (answers(run, "ada")["personal"].shares is not None) == run.session.method.row_wise
     if not account.pooled:
         tokens, once = ([line["tokens"] for line in Record.load(one.session.folder).rounds] for one in (run, whole(start, "fedavg")))
         assert tokens == [account.passes * number for number in once]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fedgraft import seeds
+from fedgraft.address import as_own
 from fedgraft.data.example import Example
 from fedgraft.data.partition import ClientData
 from fedgraft.data.settings import DataSettings
@@ -55,3 +56,16 @@ def prediction(client):
         fresh = client.model.fresh_adapters(0) | client.model.fresh_side(experts, 0)
         tree = {key: leaf + 0.2 * torch.randn_like(leaf) for key, leaf in fresh.items()}
     return Prediction(tree=tree, experts=experts)
+
+
+def by_length(prompts):
+    """A share for each row that tells rows of different prompts apart."""
+    return torch.tensor([len(ids) % 7 / 7 for ids in prompts])
+
+
+@pytest.fixture
+def blend(client):
+    """Two pairs everywhere, none of them zero, that each row blends by `by_length`."""
+    with seeds.torch_default(1):
+        first, second = ({key: leaf + 0.3 * torch.randn_like(leaf) for key, leaf in client.model.fresh_adapters(0).items()} for _ in "ab")
+    return Prediction(tree=first | as_own(second), experts=[], shares=by_length)

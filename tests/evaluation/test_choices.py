@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+from fedgraft.address import MIX
 from fedgraft.evaluation import harness
 from fedgraft.evaluation.choices import Judged, accuracy, judge
 from fedgraft.evaluation.knowledge import check_tasks, task_figures
+from fedgraft.evaluation.response import predicting
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.evaluation.tasks import Question, Task, load_task, load_tasks, shipped_tasks
 from fedgraft.moe.load import load_base
@@ -45,6 +49,23 @@ def test_the_kept_answers_of_lm_eval_are_ours(embedded, tmp_path, kind):
     assert [list(one.likelihoods) for one in judged] == [pytest.approx(likelihoods, abs=2e-3) for likelihoods in kept["likelihoods"]]
     assert [one.choice for one in judged] == [max(range(4), key=likelihoods.__getitem__) for likelihoods in kept["likelihoods"]]
     assert accuracy(judged, task.lettered) == kept["metrics"]
+
+
+def test_questions_are_asked_with_blends_of_their_own(client, blend, tmp_path):
+    """In batches, against each question alone with its share; lm-eval, which hands over no prompts, is refused before training."""
+    base = client.model.base
+    rows = [row(question=question) for question in ("One?", "One and one?", "Three and one and one?")]
+    task = load_task(write(tmp_path / "own.jsonl", *rows), "test")
+    together = judge(base, task, 6, "fp32", partial(predicting, client, blend))
+    for one, found in zip(task.questions, together, strict=True):
+        share = blend.shares([base.tokenizer(one.prompt)["input_ids"]])[0]
+        with client.model.using(blend.tree | {MIX: share}, []):
+            (alone,) = judge(base, replace(task, questions=(one,)), 6, "fp32")
+        assert found.likelihoods == pytest.approx(alone.likelihoods, rel=1e-4)
+    assert len({float(share) for share in blend.shares([base.tokenizer(one.prompt)["input_ids"] for one in task.questions])}) > 1
+    with pytest.raises(ValueError, match=r"evaluation.lm_eval: this method blends every row by its prompt"):
+        check_tasks(EvaluationSettings(lm_eval=("mmlu",)), row_wise=True)
+    check_tasks(EvaluationSettings(), row_wise=True)
 
 
 @needs_lm_eval

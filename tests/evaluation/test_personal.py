@@ -10,7 +10,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from fedgraft import seeds
-from fedgraft.address import MIX, as_own
+from fedgraft.address import MIX
 from fedgraft.bundle import Bundle
 from fedgraft.data.batches import encode, prompt_ids
 from fedgraft.evaluation import answers
@@ -56,19 +56,6 @@ def test_response_figures_are_those_of_single_rows(client, prediction, batch_siz
     assert figures["token_accuracy"] == wanted["token_accuracy"]
     assert figures["response_tokens"] == wanted["response_tokens"] == sum(len(row.response) + 1 for row in client.data.test)
     assert (figures["rows"], figures["truncated"]) == (7, 1)
-
-
-def by_length(prompts):
-    """A share for each row that tells rows of different prompts apart."""
-    return torch.tensor([len(ids) % 7 / 7 for ids in prompts])
-
-
-@pytest.fixture
-def blend(client):
-    """Two pairs everywhere, none of them zero, that each row blends by `by_length`."""
-    with seeds.torch_default(1):
-        first, second = ({key: leaf + 0.3 * torch.randn_like(leaf) for key, leaf in client.model.fresh_adapters(0).items()} for _ in "ab")
-    return Prediction(tree=first | as_own(second), experts=[], shares=by_length)
 
 
 def alone(client, model, example):

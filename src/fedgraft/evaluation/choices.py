@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from fedgraft.training.fit import autocast
 
 DELIMITER = " "
 """Between prompt and option."""
+InUse: TypeAlias = Callable[[list[list[int]]], AbstractContextManager[None]]
+"""The prompts of a batch's rows as token ids -> the context in which these rows are predicted."""
+
+
+def as_it_stands(prompts: list[list[int]]) -> AbstractContextManager[None]:
+    """The model that is in use already."""
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +54,8 @@ def accuracy(judged: Sequence[Judged], lettered: bool) -> dict[str, float]:
 
 
 @torch.no_grad()
-def judge(base: Base, task: Task, batch_size: int, precision: str) -> list[Judged]:
-    """Ask the model as it stands, grafts in use included; options that differ in their last token only share a forward.
+def judge(base: Base, task: Task, batch_size: int, precision: str, in_use: InUse = as_it_stands) -> list[Judged]:
+    """Ask the model that `in_use` makes of the base; options that differ in their last token only share a forward.
 
     A prompt that is too long for the model loses its beginning.
     """
@@ -59,7 +67,9 @@ def judge(base: Base, task: Task, batch_size: int, precision: str) -> list[Judge
     likelihoods = [0.0] * len(pairs)
     for first in range(0, len(order), batch_size):
         chunk = order[first : first + batch_size]
-        for key, logs in zip(chunk, _log_probabilities(base, chunk, precision), strict=True):
+        with in_use([list(ids[:start]) for ids, start in chunk]):
+            found = _log_probabilities(base, chunk, precision)
+        for key, logs in zip(chunk, found, strict=True):
             for at in wanted[key]:
                 ids, start = pairs[at]
                 likelihoods[at] = float(logs.gather(-1, torch.tensor(ids[start:]).to(logs.device)[:, None]).sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -88,12 +89,11 @@ def measure(
         figures |= {figure: float(np.mean(known)) for figure, values in scores.items() if (known := _known(values))}
         if base is not None and name != "base":
             figures["gain"] = base.loss - sums.loss
+        in_use = partial(predicting, client, replace(model, tree=client.model.placed(model.tree)))
         if settings.knowledge_tokens and name in settings.knowledge_models:
-            in_use = partial(predicting, client, model)
             figures["general_loss"] = general_loss(client.model.base, settings.knowledge_tokens, client.training.precision, in_use)
         if name in settings.task_models:
-            with client.model.using(model.tree, model.experts):
-                figures |= task_figures(client.model.base, settings, client.training.precision, untouched=not model.tree)
+            figures |= task_figures(client.model.base, settings, client.training.precision, in_use, untouched=not model.tree)
         results[name] = {**figures, "interval": _intervals(client, settings, sums, scores, None if name == "base" else base)}
         lines += _lines(name, rows, sums, scores)
     return results, lines

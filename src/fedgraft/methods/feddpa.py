@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -61,19 +62,10 @@ def build(
             model = Prediction(tree=combine(blend, {MIX: torch.tensor(float(share))}), experts=[])
         return models | {"personal": model}
 
-    settle = on_linear_layers()
+    common = Method(settle=on_linear_layers(), leaves=twice, personal=own_leaves, row_wise=share is None, answer=answer)
     if variant == "T":
-        return Method(settle=settle, leaves=twice, personal=own_leaves, fresh=with_second, local=beside(mix), answer=answer, passes=2)
-    return Method(
-        settle=settle,
-        leaves=twice,
-        personal=own_leaves,
-        fresh=lambda method, client: {},
-        local=first_alone,
-        finalize=fine_tuned_at_the_end(rounds, lr),
-        finish=fine_tune,
-        answer=answer,
-    )
+        return replace(common, local=beside(mix), passes=2, fresh=with_second)
+    return replace(common, local=first_alone, finalize=fine_tuned_at_the_end(rounds, lr), fresh=lambda method, client: {}, finish=fine_tune)
 
 
 def nearness(client: Client, tree: Tree, instances: int, scale: float) -> RowShares:

@@ -229,6 +229,8 @@ class Method:
     """What the server sends for the shared leaves, at its largest; a client sends the shared leaves themselves."""
     passes: int = 1
     """Times that a client goes over the batches of a round, forward and backward."""
+    row_wise: bool = False
+    """Rows are predicted in ways of their own, by their prompts: its `Prediction` has `shares`."""
     needs_mean: str = ""
     """Why its replies must be averaged; empty: `federation.merge` may set another rule in the place of a mean."""
     settle: Callable[[Method, Surroundings], Method] = as_built
