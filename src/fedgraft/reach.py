@@ -181,8 +181,8 @@ def _in_simulation(recipe: Recipe, folder: Path, run: str, listener: Listener) -
     handle = HostHere(folder=str(folder.absolute()), threads=max(1, round(settings.cpus)))
     simulation = Simulation(settings, handle, clients)
     try:
-        store = MemoryStore(folder / "clients")
-        engine = _introduced(recipe, settings, listener, grid=simulation.grid, run=run, wanted=clients, store=store)
+        here = {"store": MemoryStore(folder / "clients"), "alive": simulation.check}
+        engine = _introduced(recipe, settings, listener, grid=simulation.grid, run=run, wanted=clients, **here)
         return Afar(recipe, engine, simulation.close)
     except BaseException:
         simulation.close()

@@ -13,11 +13,15 @@ from fedgraft.report.record import resume_command
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+TRAINING = (
+    "raise training.accumulation up to training.batch_size, set training.checkpointing: true (neither changes what is learnt), "
+    "or lower training.batch_size or data.max_length, or set model.dtype: bfloat16"
+)
 LOWER = {
     "loading": "set model.dtype: bfloat16, take a smaller model.name, or close other programs",
     "selection": "lower selection.tokens, graft.per_layer or data.max_length, or set model.dtype: bfloat16",
-    "training": "raise training.accumulation up to training.batch_size, set training.checkpointing: true (neither changes what is learnt), "
-    "or lower training.batch_size or data.max_length, or set model.dtype: bfloat16",
+    "training": TRAINING,
+    "finishing": TRAINING,
     "evaluation": "lower evaluation.batch_size (this changes nothing else), evaluation.max_new_tokens or data.max_length",
 }
 """What to lower when memory runs out, by phase."""

@@ -57,6 +57,10 @@ def digests(folder, sites=None):
     return {"state": state, **{name: Bundle.load(path).digest() for name, path in newest.items()}}
 
 
+def facts(record):
+    return Bundle.load(record.folder / "state" / "state.safetensors").facts
+
+
 def timeless(record):
     keys = ("round", "lr", "loss", "tokens", "bytes_down")
     return [{key: line[key] for key in keys} for line in record.rounds], record.results, record.selection
@@ -69,6 +73,7 @@ def test_a_run_over_a_grid_is_the_run_in_process(place, tmp_path, grid_of, case)
     afar = runner.run(flower(recipe), out=tmp_path / "afar", connect=reach.over(grid_of()))
     assert digests(afar.folder, tmp_path / "sites") == digests(here.folder)
     assert timeless(afar) == timeless(here)
+    assert facts(afar) == facts(here)  # the same count of questions, so that memories have the same versions
     assert json.loads((afar.folder / "digest.json").read_text()) == {"schema": 1, "state": digests(here.folder)["state"], "clients": {}}
     assert not (afar.folder / "clients").exists()
     same = ("base_digest", "data_digest", "client_digests", "clients", "device", "threads")
@@ -86,6 +91,20 @@ def test_a_coordinator_stopped_and_started_again_with_new_hosts_ends_equal(place
     resumed = runner.resume(tmp_path / "cut", connect=reach.over(grid_of()))
     assert digests(resumed.folder, tmp_path / "sites") == digests(whole.folder)
     assert timeless(resumed) == timeless(whole)
+
+
+def test_what_is_asked_and_what_is_committed_travel_with_every_question(place, tmp_path, grid_of):
+    """The shared graft asks a second time before the first commit."""
+    grid = grid_of()
+    recipe = flower(place.recipe("flex", options={"shared_graft": True}, federation={"rounds": 2}))
+    runner.run(recipe, out=tmp_path / "run", connect=reach.over(grid))
+    asked = [frame.facts for frame in grid.requests if frame.facts.get("client") == "ada"]
+    assert [(facts["question"], facts["asked"], facts["committed"]) for facts in asked[:4]] == [
+        ("graft", 0, 0),
+        ("graft", 1, 0),
+        ("train", 2, 2),
+        ("train", 3, 3),
+    ]
 
 
 def in_round(number, fate, client="bo"):
@@ -198,6 +217,27 @@ def test_too_few_clients_are_told(place, tmp_path, grid_of, there):
     with pytest.raises(ValueError, match=rf"{there} of 3 clients have come within 0\.05 s \({come}\); start the others' sites, raise"):
         runner.run(flower(place.recipe("fedavg")), out=tmp_path / "run", connect=reach.over(grid_of(there)))
     assert not (tmp_path / "run").exists()
+
+
+def test_waiting_ends_when_what_is_waited_for_is_gone(place, tmp_path, grid_of):
+    """As when the simulation breaks down; there is no deadline here."""
+    grid, calls = grid_of(), []
+
+    def alive():
+        calls.append(1)
+        if len(calls) > 5:
+            raise ValueError("the simulation has ended")
+
+    def connect(recipe, folder, run, listener):
+        found = reach.over(grid)(recipe, folder, run, listener)
+        found._engine.alive = alive
+        return found
+
+    grid.fate = in_round(0, "down")
+    recipe = flower(place.recipe("fedavg"), deadline_seconds=None)
+    with pytest.raises(ValueError, match="the simulation has ended"):
+        runner.run(recipe, out=tmp_path / "run", connect=connect)
+    assert len(calls) == 6
 
 
 def test_silent_and_refusing_nodes_are_told_apart(place, tmp_path, grid_of):

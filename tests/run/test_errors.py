@@ -373,6 +373,22 @@ def test_out_of_memory(world, command, tmp_path, monkeypatch, error, module, fun
     assert out.exists() == ("loading" not in where)
 
 
+def test_out_of_memory_in_the_training_after_the_last_round(world, command, tmp_path, monkeypatch):
+    step, rest = fit_module._step, iter(range(3))  # one training step of each client
+
+    def failing(*arguments, **options):
+        if next(rest, None) is None:
+            raise MemoryError
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(fit_module, "_step", failing)
+    sections = {"method": {"name": "fedavg_ft"}, "graft": None, "federation": {"rounds": 1}, "training": {"steps": 1}}
+    file = world.write(tmp_path / "recipe.yaml", **sections)
+    done = command("run", file, "--out", tmp_path / "out", "--quiet")
+    assert done.code == 2
+    assert done.err.startswith("error: out of memory in finishing of client 'bakery' (MemoryError): raise training.accumulation")
+
+
 def test_a_bug_is_told_apart_from_a_mistake(command, world, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise AttributeError("no such [thing]")

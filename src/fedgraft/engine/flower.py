@@ -67,6 +67,8 @@ class GridEngine:
     names: Mapping[int, str] = field(default_factory=dict)
     """Node -> the client that its key belongs to, where nodes prove themselves by keys; a node can't be another client then."""
     store: MemoryStore | None = None
+    alive: Callable[[], None] = lambda: None
+    """Raises once there is nothing left to wait for; asked while waiting."""
     asked: int = 0
     committed: int = 0
     traffic: Traffic = field(default_factory=Traffic)
@@ -90,6 +92,7 @@ class GridEngine:
         """
         until, pause = time.monotonic() + self.wait_seconds, POLL_SECONDS
         while len(self._cards) < self.wanted:
+            self.alive()
             self._greet()
             if len(self._cards) < self.wanted and time.monotonic() > until:
                 raise ValueError(self._missing())
@@ -153,6 +156,7 @@ class GridEngine:
         while True:
             for message in self.grid.pull_messages([number]):
                 return message
+            self.alive()
             left = POLL_MOST if until is None else until - time.monotonic()
             if left <= 0:
                 return None

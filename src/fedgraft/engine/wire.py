@@ -2,7 +2,8 @@
 
 A frame is a small head of JSON facts beside an encoded `Bundle`. The bundle travels as one array of bytes, not leaf by leaf: Flower then
 neither looks at dtypes (it refuses bfloat16) nor compares keys between clients, moves large content in chunks and in parallel, and keeps
-equal packages to many clients once. The checksum inside the bundle is verified by whoever decodes it, that of the head here.
+equal packages to many clients once. The same bytes in a ConfigRecord cost some ten times the processor time. The checksum inside the
+bundle is verified by whoever decodes it, that of the head here.
 """
 
 from __future__ import annotations
