@@ -16,8 +16,11 @@ import pytest
 import yaml
 
 from fedgraft import runner
-from fedgraft.deployment import keys
+from fedgraft.deployment import federation as fed
+from fedgraft.deployment import job, keys
 from fedgraft.deployment.processes import free_port
+from fedgraft.deployment.submission import carry_out
+from fedgraft.report.progress import Quiet
 from tests.deployment.conftest import wait_for
 from tests.run.conftest import ENVIRONMENT, ROOT
 from tests.run.world import World
@@ -214,3 +217,21 @@ def test_strangers_are_kept_out(place, tmp_path):
     assert (found["process"], [site["site"] for site in found["sites"]]) == (coordinator.process.pid, ["garden"])
     assert here.start("stop", "federation", "stop", here.fed).ended() == 0
     assert coordinator.ended() == 143
+
+
+@pytest.mark.deploy
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own, while it makes the bundle
+def test_code_that_comes_with_a_run_is_not_run_at_a_site(place, world, tmp_path):
+    """Each side of the bundle would leave a mark when it is imported; the coordinator's does, which shows that the mark would be seen."""
+    here = place("garden")
+    here.coordinator()
+    here.site("garden").wait_to_say("ready")
+    recipe = world.recipe(**SMALL, engine={"name": "flower", "clients": 1}, data={"path": str(tmp_path / "garden" / "rows")})
+    app = job.bundle()
+    for side in ("server", "client"):
+        app[f"fedgraft_{side}.py"] += f"from pathlib import Path\nPath({str(tmp_path / side)!r}).touch()\n"
+    federation = fed.find(here.fed)
+    carry_out(federation, job.new(federation.folder, tmp_path / "run", recipe), Quiet(), app)
+    assert (tmp_path / "run" / "digest.txt").exists()
+    assert (tmp_path / "server").exists()
+    assert not (tmp_path / "client").exists()

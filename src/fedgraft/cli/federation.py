@@ -72,11 +72,13 @@ def renew(
     folder: Folder,
     host: Annotated[list[str] | None, typer.Option("--host", help="Other names or addresses than so far. Repeatable.")] = None,
 ) -> None:
-    """Give the coordinator a new certificate and key; sites need nothing. The old ones are kept beside them."""
+    """Give the coordinator a new certificate and key, signed by the same authority; the old ones are kept."""
     from fedgraft.deployment.federation import find, renew
 
     federation = renew(find(folder), host or [])
     _say(f"{federation.folder / 'server.pem'} is new; start the coordinator again to use it.")
+    if host:
+        _say(f"Sites that reach it by an older name: set address to {federation.address} in their coordinator.yaml.")
 
 
 @group.command()
@@ -159,7 +161,9 @@ def _add(federation: Federation, site: str, public_key: Path | None) -> None:
     from fedgraft.deployment.federation import add_site
 
     bundle = add_site(federation, site, public_key)
-    _say(f"Site {site}: move {bundle} to its machine (it holds the site's key; keep no copy) and fill in site.yaml there.")
+    secret = "it holds the site's key; keep no copy" if (bundle / "node.key").exists() else "its key is there already, as node.key"
+    secret = "without a key" if federation.settings.insecure else secret
+    _say(f"Site {site}: move {bundle} to its machine ({secret}) and fill in site.yaml there.")
 
 
 def _refuse_without_flower() -> None:

@@ -31,6 +31,8 @@ def run(
     verbose: IsVerbose = False,
 ) -> None:
     """Run a recipe and print its tables."""
+    if dry_run and on is not None:
+        raise ValueError("--dry-run: rehearses on this machine's rows, which sites replace by their own; leave it out, or leave out --on")
     if dry_run:
         rehearse(recipe, out, set_, as_json=as_json, quiet=quiet)
         return
