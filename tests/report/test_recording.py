@@ -111,6 +111,7 @@ def test_a_recorder_that_fails_warns_once_and_catches_up_later(heard, tmp_path):
     heard.failing = {1}
     record(tmp_path, warnings, *rounds(tmp_path, 0, 1, 2))
     assert warnings == ["toy records no more (no network at all); the run goes on, and its own files have everything"]
+    assert [step for step, _ in heard.notes] == [0]
     heard.failing = set()
     record(tmp_path, warnings)
     assert [step for step, _ in heard.notes] == [0, 2]  # the round it failed at may have reached it, so it is not told again
