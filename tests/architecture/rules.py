@@ -11,7 +11,7 @@ from pathlib import PurePath
 LAYERS = (
     {"cli"},
     {"deployment"},
-    {"rehearsal", "checkup"},
+    {"rehearsal", "checkup", "use"},
     {"runner", "starter", "sweep"},
     {"session"},
     {"reach"},  # how a run gets at its clients
@@ -33,7 +33,7 @@ BESIDE = {
 }
 # Foreign packages that only some parts may import; TYPES_ONLY names parts that may do so under `if TYPE_CHECKING:`.
 OWNERS = {"flwr": {"engine"}, "ray": {"engine"}, "peft": {"grafts"}, "transformers": {"moe"}}
-TYPES_ONLY = {"flwr": {"deployment"}, "transformers": {"data", "evaluation", "account"}}
+TYPES_ONLY = {"flwr": {"deployment"}, "transformers": {"data", "evaluation", "account", "use"}}
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}
 PLUGIN_FOLDERS = (
