@@ -32,8 +32,8 @@ BESIDE = {
     "files": {"signals"},
 }
 # Foreign packages that only some parts may import; TYPES_ONLY names parts that may do so under `if TYPE_CHECKING:`.
-OWNERS = {"flwr": {"engine"}, "ray": {"engine"}, "peft": {"grafts"}, "transformers": {"moe"}}
-TYPES_ONLY = {"flwr": {"deployment"}, "transformers": {"data", "evaluation", "account", "use"}}
+OWNERS = {"flwr": {"engine"}, "ray": {"engine"}, "peft": {"grafts"}, "transformers": {"moe", "use"}}
+TYPES_ONLY = {"flwr": {"deployment"}, "transformers": {"data", "evaluation", "account"}}
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}
 PLUGIN_FOLDERS = (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerFast
 
 from fedgraft.data.batches import batches_in_order, encode_all
 from fedgraft.data.partition import load_clients
@@ -16,23 +17,33 @@ from fedgraft.report.record import Record
 from fedgraft.runner import run
 from fedgraft.use.loaded import Loaded
 from tests.run.conftest import command, world  # noqa: F401  # fixtures
-from tests.run.world import World
+from tests.run.world import World, build
 
 QUICK = {"rows": None, "batch_size": 2, "generate": False, "knowledge_tokens": 0, "experts": False, "resamples": 0}
 
 
 @pytest.fixture(scope="session")
-def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Record]:  # noqa: F811
-    """`trained(method, **sections)`: a finished run of two rounds, leaves far from their start; made once, not to be changed."""
-    made: dict[str, Record] = {}
+def trained(
+    world: World,  # noqa: F811
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Record]:
+    """`trained(method, family="qwen2_moe", **sections)`: a finished run of two rounds, leaves far from their start.
 
-    def make(name: str, **sections: Any) -> Record:
-        key = f"{name} {sections}"
+    Made once, not to be changed.
+    """
+    made: dict[str, Record] = {}
+    worlds = {"qwen2_moe": world}
+
+    def make(name: str, family: str = "qwen2_moe", **sections: Any) -> Record:
+        key = f"{name} {family} {sections}"
+        if family not in worlds:
+            worlds[family] = build(tmp_path_factory.mktemp(family), tiny_tokenizer, family)
         if key not in made:
             options = sections.pop("method", {})
             training = {"steps": 2, "batch_size": 2, "lr": 5e-2, "lr_min": 1e-2}
             parts = {"federation": {"rounds": 2}, "training": training, "evaluation": QUICK} | sections
-            made[key] = run(world.recipe(method={"name": name, **options}, **parts), out=tmp_path_factory.mktemp("use") / "run")
+            made[key] = run(worlds[family].recipe(method={"name": name, **options}, **parts), out=tmp_path_factory.mktemp("use") / "run")
         return made[key]
 
     return make

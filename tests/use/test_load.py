@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import threading
 import warnings
@@ -79,6 +80,23 @@ def test_generation_is_that_of_the_evaluation(trained, world):
         own.append(loaded.decode(loaded.model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]))
     assert own == asked
     assert any(own)
+
+
+def test_the_model_stays_a_client_s_when_nobody_holds_the_handle(trained):
+    loaded = fedgraft.load(trained("flex").folder, "garden")
+    ids = ids_of(loaded)
+    with torch.no_grad():
+        own, model = loaded.model(input_ids=ids).logits, loaded.model
+        del loaded
+        gc.collect()
+        assert torch.equal(model(input_ids=ids).logits, own)
+
+
+def test_looking_up_other_leaves_keeps_those_in_use(trained):
+    loaded = fedgraft.load(trained("flex").folder, "garden")
+    own = loss_on(loaded, "garden")
+    loaded.fitted("harbour")
+    assert loss_on(loaded, "garden") == own
 
 
 def test_blocks_nest_and_switch_back(trained):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedgraft.grafts.expert_lora import ExpertPairs, expert_shapes
-from fedgraft.grafts.lora import LoraSettings, LowRank, Shapes, chosen_projections, fresh_pairs, low_rank_shapes
+from fedgraft.grafts.lora import LoraSettings, LowRank, Pairs, Shapes, Terms, chosen_projections, fresh_pairs, low_rank_shapes
 from fedgraft.grafts.router import RouterRows, router_shapes
-from fedgraft.grafts.side_expert import GraftSettings, Mixture, SeeGate, SideExperts
+from fedgraft.grafts.side_expert import GraftSettings, Mixture, SeeGate, Side, SideExperts
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.load import Base
 from fedgraft.moe.projections import Projection
@@ -27,10 +27,20 @@ Experts = list[list[int]]
 
 @dataclass(frozen=True)
 class Fitted:
-    """A client's leaves at their places, so that they can be put in use again without being looked up."""
+    """A client's leaves at their places, so that they can be put in use again without being looked up; without any it is the base."""
 
-    active: tuple[Any, ...]
-    """What each adapter holds while the leaves are in use, then the side experts."""
+    low_rank: dict[str, Terms] = field(default_factory=dict)
+    """By head of the addresses: what is added to the linear layer there."""
+    router: dict[int, Tensor] = field(default_factory=dict)
+    """By layer: the router's rows."""
+    experts: dict[int, dict[int, Pairs]] = field(default_factory=dict)
+    """By layer and expert: the pairs on it."""
+    sides: dict[int, list[Side]] = field(default_factory=dict)
+    """By layer: its grafts."""
+
+
+FIELDS: dict[type, str] = {LowRank: "low_rank", RouterRows: "router", ExpertPairs: "experts", SideExperts: "sides"}
+"""What holds leaves in use -> the field of `Fitted` that keeps them."""
 
 
 class GraftedModel:
@@ -57,6 +67,7 @@ class GraftedModel:
             self._pairs |= expert_shapes(base, lora)
             self._adapters.append(ExpertPairs(base, lora))
         self._side = SideExperts(base, graft, lora)
+        self._named: dict[str, Any] = {FIELDS[type(part)]: part for part in (*self._adapters, self._side)}
         _check_they_run(base, chosen_projections(base, lora.targets))
 
     def fresh_adapters(self, seed: int) -> Tree:
@@ -94,29 +105,18 @@ class GraftedModel:
             self._side.put({}, [])
 
     def fitted(self, tree: Mapping[str, Tensor], experts: Experts) -> Fitted:
-        """What `using` looks up, for `using_fitted`. Of a quantised or offloaded base it holds copies of the source experts.
+        """What `using` looks up, for `put`. Of a quantised or offloaded base it holds copies of the source experts.
 
         Raises:
             ValueError: as `using`.
         """
         with self.using(tree, experts):
-            return Fitted(tuple(part._active for part in self._parts()))
+            return Fitted(**{name: part._active for name, part in self._named.items()})
 
-    @contextmanager
-    def using_fitted(self, fitted: Fitted) -> Iterator[None]:
-        """As `using`, in a few microseconds."""
-        before = [part._active for part in self._parts()]
-        try:
-            for part, active in zip(self._parts(), fitted.active, strict=True):
-                part._active = active
-            yield
-        finally:
-            for part, active in zip(self._parts(), before, strict=True):
-                part._active = active
-
-    def _parts(self) -> tuple[Any, ...]:
-        """All that holds leaves in use."""
-        return (*self._adapters, self._side)
+    def put(self, fitted: Fitted) -> None:
+        """Predict with these leaves from here on, in a few microseconds; a block of `using` that ends puts the base in their place."""
+        for name, part in self._named.items():
+            part._active = getattr(fitted, name)
 
     def watching_gates(self, see: SeeGate) -> AbstractContextManager[None]:
         """Call `see` with the gate values of every graft in use, in every forward inside the block."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -44,7 +44,7 @@ class Loaded:
         settings = source.recipe.model
         self._keeps_fitted = settings.quantise == "none" and settings.device_map is None  # else it would hold copies of experts
         self._lock, self._blocks = threading.RLock(), 0
-        self._in_use, self._name = ExitStack(), BASE
+        self._current, self._name = Fitted(), BASE
 
     @property
     def models(self) -> list[str]:
@@ -79,6 +79,22 @@ class Loaded:
                 found = self.source.prediction(client, self.grafted)
                 self._predictions[client] = replace(found, tree=self.grafted.placed(found.tree))
             return self._predictions[client]
+
+    def fitted(self, client: str) -> Fitted:
+        """The leaves of a model at their places.
+
+        Raises:
+            ValueError: as `prediction`.
+        """
+        with self._lock:
+            if client in self._fitted:
+                return self._fitted[client]
+            model = self.prediction(client)
+            found = self.grafted.fitted(model.tree, model.experts)
+            if self._keeps_fitted:
+                self._fitted[client] = found
+            self.grafted.put(self._current)  # looking them up has taken those in use away
+            return found
 
     def use(self, client: str) -> Self:
         """Predict with this model from here on.
@@ -139,16 +155,8 @@ class Loaded:
         self.close()
 
     def _switch(self, client: str) -> None:
-        model = self.prediction(client)
-        self._in_use.close()
-        self._name = BASE
-        if not self._keeps_fitted:
-            self._in_use.enter_context(self.grafted.using(model.tree, model.experts))
-        else:
-            if client not in self._fitted:
-                self._fitted[client] = self.grafted.fitted(model.tree, model.experts)
-            self._in_use.enter_context(self.grafted.using_fitted(self._fitted[client]))
-        self._name = client
+        self._current, self._name = self.fitted(client), client
+        self.grafted.put(self._current)  # no block of `GraftedModel.using`: it would end once nobody but the model's user is left
 
 
 def _compute_in(model: Any, precision: str, device: Any) -> None:

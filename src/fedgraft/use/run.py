@@ -14,6 +14,7 @@ from fedgraft.grafts.graft import GraftedModel
 from fedgraft.methods.method import Prediction, settled, whole
 from fedgraft.report.record import Record, read_document
 from fedgraft.training.client import Client, MemoryStore
+from fedgraft.use.about import about
 from fedgraft.use.source import SHARED, named, own_recipe
 
 
@@ -31,7 +32,7 @@ class RunSource:
             ValueError: no run folder, a damaged one, or a run that has not begun.
         """
         record = Record.load(folder)
-        self.folder, self.where = folder, str(folder)
+        self.folder, self.where, self.record = folder, str(folder), record
         self.recipe = own_recipe(str(folder / "recipe.yaml"), overrides)
         self.base_digest = str(record.environment.get("base_digest", ""))
         if not self.base_digest or not self._state.is_file():
@@ -75,6 +76,10 @@ class RunSource:
                 f"(method {self.recipe.method.name!r}), which no live model can; a run with method.share set can be used, {SHARED!r} can"
             )
         return found
+
+    def about(self, name: str) -> dict[str, Any]:
+        """From the record: the run, what the client's rows are and how well its models did on the held-out ones."""
+        return about(self.record, self.clients.get(name), self.round)
 
     def why_not(self, name: str) -> str:
         """Where the leaves of that client are, or why there are none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedgraft import plugins
 from fedgraft.grafts.graft import GraftedModel
@@ -38,6 +38,9 @@ class Source(Protocol):
         Raises:
             ValueError: it cannot be used as a live model; says why.
         """
+
+    def about(self, name: str) -> dict[str, Any]:
+        """What the card of a model says; JSON."""
 
     def why_not(self, name: str) -> str:
         """Why there is no model of this name, where more is known than that; else empty."""
