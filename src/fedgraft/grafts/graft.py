@@ -13,6 +13,7 @@ from torch import Tensor
 from fedgraft.grafts.expert_lora import ExpertPairs, expert_shapes
 from fedgraft.grafts.lora import LoraSettings, LowRank, Pairs, Shapes, Terms, chosen_projections, fresh_pairs, low_rank_shapes
 from fedgraft.grafts.router import RouterRows, router_shapes
+from fedgraft.grafts.rows import FittedRows, Rows
 from fedgraft.grafts.side_expert import GraftSettings, Mixture, SeeGate, Side, SideExperts
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.load import Base
@@ -113,10 +114,18 @@ class GraftedModel:
         with self.using(tree, experts):
             return Fitted(**{name: part._active for name, part in self._named.items()})
 
-    def put(self, fitted: Fitted) -> None:
+    def put(self, fitted: Fitted | FittedRows) -> None:
         """Predict with these leaves from here on, in a few microseconds; a block of `using` that ends puts the base in their place."""
         for name, part in self._named.items():
             part._active = getattr(fitted, name)
+
+    def side_by_side(self, clients: Sequence[Fitted]) -> Rows:
+        """Leaves of several clients, for batches whose rows are each predicted with those of their own client.
+
+        Raises:
+            ValueError: as `Rows`.
+        """
+        return Rows(clients, self.graft_settings, self.lora_settings)
 
     def watching_gates(self, see: SeeGate) -> AbstractContextManager[None]:
         """Call `see` with the gate values of every graft in use, in every forward inside the block."""

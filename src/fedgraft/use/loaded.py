@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from fedgraft.data.templates import end_id
 from fedgraft.grafts.graft import Fitted, GraftedModel
+from fedgraft.grafts.rows import FittedRows, Rows
 from fedgraft.methods.method import Prediction
 from fedgraft.training.fit import autocast
 from fedgraft.use.prompts import prompt_of
@@ -44,7 +45,9 @@ class Loaded:
         settings = source.recipe.model
         self._keeps_fitted = settings.quantise == "none" and settings.device_map is None  # else it would hold copies of experts
         self._lock, self._blocks = threading.RLock(), 0
-        self._current, self._name = Fitted(), BASE
+        self._current: Fitted | FittedRows = Fitted()
+        self._name = BASE
+        self._mixed: tuple[list[str], Rows] | None = None
 
     @property
     def models(self) -> list[str]:
@@ -60,6 +63,14 @@ class Loaded:
     def client(self) -> str:
         """The name of the model in use."""
         return self._name
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the rows of one batch can be of different models (`rows`).
+
+        Not where routers or routed experts are adapted, which is in use for all rows, nor on a quantised or offloaded base.
+        """
+        return self._keeps_fitted and not {"router", "experts"} & {*self.source.recipe.lora.targets}
 
     @property
     def longest(self) -> int | None:
@@ -125,6 +136,27 @@ class Loaded:
                 self._blocks -= 1
                 self._switch(before)
 
+    @contextmanager
+    def rows(self, clients: Sequence[str]) -> Iterator[Any]:
+        """Predict row i of every batch inside the block with model `clients[i]`; other threads wait for its end.
+
+        In one forward over the shared base, in evaluation mode. The low-rank pairs of the clients named last are kept stacked.
+
+        Raises:
+            ValueError: as `prediction`; or several models, and not `mixes`.
+        """
+        with self._lock, self.using(clients[0]) as model:
+            names = list(dict.fromkeys(clients))
+            if len(names) > 1:
+                if not self.mixes:
+                    raise ValueError(f"{', '.join(names)} can't stand in one batch: what they adapt is in use for all of its rows")
+                if self._mixed is None or not {*names} <= {*self._mixed[0]}:
+                    self._mixed = names, self.grafted.side_by_side([self.fitted(name) for name in names])
+                known, stacked = self._mixed
+                self._current = stacked.of([known.index(name) for name in clients])
+                self.grafted.put(self._current)
+            yield model
+
     def prompt(self, messages: str | Sequence[Mapping[str, str]], longest: int | None = None) -> list[int]:
         """The tokens after which the answer begins, with the words around it that the run was trained with.
 
@@ -146,7 +178,7 @@ class Loaded:
         """Leave the base untouched, with no leaves in memory; safe to call again."""
         with self._lock:
             self._switch(BASE)
-            self._predictions, self._fitted = {BASE: UNTOUCHED}, {}
+            self._predictions, self._fitted, self._mixed = {BASE: UNTOUCHED}, {}, None
 
     def __enter__(self) -> Self:
         return self
