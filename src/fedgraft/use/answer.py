@@ -96,8 +96,8 @@ def next_tokens(logits: Tensor, answers: Sequence[Answer]) -> list[int]:
     found: list[int] = logits.argmax(-1).tolist()
     drawn = [row for row, answer in enumerate(answers) if answer.wish.temperature > 0]
     if drawn:
-        wishes = [answers[row].wish for row in drawn]
-        heat, share = (torch.tensor(values, device=logits.device)[:, None] for values in zip(*((w.temperature, w.top_p) for w in wishes)))
+        heat = logits.new_tensor([answers[row].wish.temperature for row in drawn], dtype=torch.float32)[:, None]
+        share = logits.new_tensor([answers[row].wish.top_p for row in drawn], dtype=torch.float32)[:, None]
         odds, order = torch.softmax(logits[drawn].float() / heat, -1).sort(-1, descending=True)
         reached = odds.cumsum(-1)
         kept = ((reached - odds) < share).sum(-1, keepdim=True)  # the first one always

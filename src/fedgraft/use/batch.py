@@ -104,7 +104,7 @@ class Batch:
 
     def _merged(self, cache: Any, width: int) -> Any:
         """The rows of another cache below those of this one; the narrower one is padded on the left."""
-        wider = max(width, max(self._lengths))
+        wider = max(width, *self._lengths)
         _resized(self._cache, wider - max(self._lengths))
         _resized(cache, wider - width)
         for own, other in zip(self._cache.layers, cache.layers, strict=True):
