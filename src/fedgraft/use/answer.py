@@ -77,7 +77,7 @@ class Answer:
         else:
             text = self.text
         if not text.startswith(self._told):  # a tokenizer that tidies up what it has shown
-            return "" if self.reason is None else text[len(os.path.commonprefix([text, self._told])) :]
+            return "" if self.reason is None else text[len(self._told) :]
         fresh, self._told = text[len(self._told) :], text
         return fresh
 

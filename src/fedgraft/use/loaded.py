@@ -9,16 +9,23 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
+from fedgraft.data.batches import prompt_ids
+from fedgraft.data.example import Example
 from fedgraft.data.templates import end_id
 from fedgraft.grafts.graft import Fitted, GraftedModel
 from fedgraft.grafts.rows import FittedRows, Rows
 from fedgraft.methods.method import Prediction
 from fedgraft.training.fit import autocast
-from fedgraft.use.prompts import prompt_of
+from fedgraft.use.prompts import example_of
 from fedgraft.use.source import BASE, UNTOUCHED, Source, check_name, names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+UNLIMITED = 1 << 20
+"""Tokens of a prompt where the base states no limit."""
+LEAST = 16
+"""Tokens that are left for a prompt at least."""
 
 
 class Loaded:
@@ -157,18 +164,34 @@ class Loaded:
                 self.grafted.put(self._current)
             yield model
 
-    def prompt(self, messages: str | Sequence[Mapping[str, str]], longest: int | None = None) -> list[int]:
+    def prompt(self, said: str | Sequence[Mapping[str, str]] | Example, longest: int | None = None) -> list[int]:
         """The tokens after which the answer begins, with the words around it that the run was trained with.
 
         Args:
-            messages: one instruction, or chat messages (`role`, `content`), the last of them the user's.
-            longest: most tokens; the oldest turns and then the end of the instruction are cut.
+            said: one instruction, chat messages (`role`, `content`), the last of them the user's, or a row.
+            longest: most tokens; the context from its end, the oldest turns and then the end of the instruction are cut.
 
         Raises:
             ValueError: no user's message at the end, or turns that the run's template cannot hold.
         """
-        limit = longest or self.longest or 1 << 20
-        return prompt_of(messages, self.tokenizer, self.source.recipe.data.template, limit)
+        limit = longest or self.longest or UNLIMITED
+        row = said if isinstance(said, Example) else example_of(said)
+        return prompt_ids(row, self.tokenizer, self.source.recipe.data.template, limit)
+
+    def room(self, new_tokens: int) -> int:
+        """Most tokens of a prompt that leaves room for so many new ones.
+
+        Raises:
+            ValueError: there would be hardly any.
+        """
+        if self.longest is None:
+            return UNLIMITED
+        if self.longest - new_tokens < LEAST:
+            raise ValueError(
+                f"{new_tokens} new tokens leave no room for a prompt: {self.grafted.base.name} holds {self.longest}; ask for at most "
+                f"{self.longest - LEAST}"
+            )
+        return self.longest - new_tokens
 
     def decode(self, ids: Sequence[int]) -> str:
         """The answer's text, without the token that closes it or white space around it."""

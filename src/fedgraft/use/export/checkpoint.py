@@ -21,6 +21,7 @@ from fedgraft.use.export.qwen2_moe import as_qwen2_moe, why_not
 from fedgraft.use.export.weights import Gated, grafts_of, merge
 
 CODE = "modeling_grafted.py"
+PROJECTIONS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,11 @@ def read_checkpoint(folder: Path, written: Checkpoint) -> Any:
     """The model again, from its files alone."""
     from transformers import AutoModelForCausalLM
 
-    return (_custom_class(folder) if written.code else AutoModelForCausalLM).from_pretrained(folder).eval()
+    reader: Any = _custom_class(folder) if written.code else AutoModelForCausalLM
+    model, found = reader.from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"], found["missing_keys"]
+    assert not found["unexpected_keys"], found["unexpected_keys"]
+    return model.eval()
 
 
 def _check_contract(base: Base) -> None:
@@ -87,7 +92,7 @@ def _write_custom(base: Base, grafts: Mapping[int, list[Gated]], folder: Path) -
     state = dict(model.state_dict())
     for number, layer in enumerate(layers):
         for at, graft in enumerate(grafts[layer]):
-            leaves = {key: leaf.to(model.dtype).contiguous() for key, leaf in _leaves(graft).items()}
+            leaves = {key: leaf.to(model.dtype, copy=True).contiguous() for key, leaf in _leaves(graft).items()}  # no views
             state |= {f"grafts.{number}.{at}.{key}": leaf for key, leaf in leaves.items()}
     save_torch_state_dict(state, folder, shared_tensors_to_discard=list(model._tied_weights_keys or {}))
     shape = {
@@ -96,7 +101,7 @@ def _write_custom(base: Base, grafts: Mapping[int, list[Gated]], folder: Path) -
         "width": first.up.shape[0],
         "inputs": first.up.shape[1],
         "gated": first.gate is not None,
-        "biases": [name for name in ("gate", "up", "down") if getattr(first, f"{name}_bias") is not None],
+        "biases": [name for name in PROJECTIONS if getattr(first, f"{name}_bias") is not None],
         "mix": first.mix is not None,
         "mix_bias": first.mix_bias is not None,
     }
@@ -115,11 +120,11 @@ def _write_custom(base: Base, grafts: Mapping[int, list[Gated]], folder: Path) -
 
 
 def _leaves(graft: Gated) -> dict[str, Tensor]:
-    named = {"gate.weight": graft.gate, "up.weight": graft.up, "down.weight": graft.down, "gate.bias": graft.gate_bias}
-    named |= {"up.bias": graft.up_bias, "down.bias": graft.down_bias}
-    named |= {"mix.weight": None if graft.mix is None else graft.mix[None]}
-    named |= {"mix.bias": None if graft.mix_bias is None else graft.mix_bias.reshape(1)}
-    return {key: leaf for key, leaf in named.items() if leaf is not None}
+    parts = {f"{name}.weight": getattr(graft, name) for name in PROJECTIONS}
+    parts |= {f"{name}.bias": getattr(graft, f"{name}_bias") for name in PROJECTIONS}
+    parts |= {"mix.weight": None if graft.mix is None else graft.mix[None]}
+    parts |= {"mix.bias": None if graft.mix_bias is None else graft.mix_bias.reshape(1)}
+    return {key: leaf for key, leaf in parts.items() if leaf is not None}
 
 
 def _custom_class(folder: Path) -> Any:
