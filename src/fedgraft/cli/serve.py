@@ -42,6 +42,7 @@ def serve(
         from fedgraft.serve.limits import Limits
         from fedgraft.serve.server import Server, opened
         from fedgraft.serve.service import Service
+        from fedgraft.signals import terminating
         from fedgraft.use.load import load
 
         sink = None if make_keys else opened(host, port, keys is not None)
@@ -56,7 +57,8 @@ def serve(
     server = Server(service, read_keys(keys, service.models) if keys else None, tls)
     scheme, at = "https" if tls else "http", f"[{host}]" if ":" in host else host
     try:
-        server.run_on(sink, lambda: _say(service, f"{scheme}://{at}:{sink.getsockname()[1]}", quiet))
+        with terminating():
+            server.run_on(sink, lambda: _say(service, f"{scheme}://{at}:{sink.getsockname()[1]}", quiet))
     except KeyboardInterrupt:  # uvicorn passes the signal on after a graceful stop
         raise typer.Exit(0) from None
 

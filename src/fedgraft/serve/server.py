@@ -34,6 +34,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 lifespan="off",
+                ws="none",
                 server_header=False,
                 timeout_graceful_shutdown=int(service.limits.grace + AFTER_GRACE),
                 ssl_keyfile=tls and str(tls[0]),
