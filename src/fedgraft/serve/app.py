@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from importlib import resources
 from typing import Any
@@ -23,6 +24,8 @@ from fedgraft.serve.service import Hearing, Service
 router = APIRouter()
 PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 """Path -> media type of the page's files."""
+FORM = re.compile(r"^str$|[\[(]")
+"""Names of the forms of a field within the place of an error."""
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
@@ -34,6 +37,7 @@ def make_app(service: Service, ring: Ring | None) -> ASGIApp:
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _misunderstood)
     app.add_exception_handler(HTTPException, _not_served)
+    app.add_exception_handler(Exception, _broken)
 
     def count(status: int) -> None:
         service.metrics.add("requests_total", model="none", status=str(status))
@@ -156,11 +160,12 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _misunderstood(request: Request, error: Exception) -> Response:
-    """The first thing that is wrong with a body, by its field."""
+    """Something that is wrong with a body, by its field."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][1:] if not (first["type"] == "json_invalid" or str(part).startswith("function-")))
-    told = {"json_invalid": "The body is no JSON"}.get(first["type"], f"{place}: {first['msg']}" if place else str(first["msg"]))
+    deepest = max(error.errors(), key=lambda one: len(one["loc"]))  # of the forms that a field may have, the one that was meant
+    broken = deepest["type"] == "json_invalid"
+    place = "" if broken else ".".join(str(part) for part in deepest["loc"][1:] if not FORM.search(str(part)))
+    told = "The body is no JSON" if broken else f"{place}: {deepest['msg']}" if place else str(deepest["msg"])
     return await _refused(request, Refusal(400, told.replace("Value error, ", ""), "invalid_body", place or None))
 
 
@@ -169,3 +174,8 @@ async def _not_served(request: Request, error: Exception) -> Response:
     told = {404: f"There is nothing at {request.url.path}.", 405: f"{request.url.path} does not take {request.method}."}
     code = {404: "not_found", 405: "not_allowed", 413: "too_large"}.get(error.status_code)
     return await _refused(request, Refusal(error.status_code, told.get(error.status_code, str(error.detail)), code))
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """A bug, which uvicorn logs."""
+    return await _refused(request, Refusal(500, "The server failed; its log says how.", "failed"))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from fedgraft.use.answer import Answer
 
@@ -32,6 +32,18 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 """Fields that are not supported -> the values at which they change nothing; null is always one."""
 
 
+def _whole(text: str) -> str:
+    """Text without halves of characters, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds half a character (a lone UTF-16 surrogate)") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
 class StreamOptions(BaseModel):
     """Of a request with `stream`."""
 
@@ -43,13 +55,13 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str
+    model: Text
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -83,14 +95,14 @@ class Part(BaseModel):
     """One part of a message; text alone is understood."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
     """One turn of a chat."""
 
-    role: str
-    content: str | list[Part]
+    role: Text
+    content: Text | list[Part]
 
     @property
     def turn(self) -> dict[str, str]:
@@ -111,7 +123,7 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class CompletionRequest(Request):
     """`/v1/completions`: text or tokens to be continued, without any words around them."""
 
-    prompt: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1, max_length=64)]
+    prompt: Text | Tokens | Annotated[list[Text] | list[Tokens], Field(min_length=1, max_length=64)]
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
