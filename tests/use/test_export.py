@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import fedgraft
 from fedgraft import seeds
+from fedgraft.use.about import UNSTATED, licence_of
 from fedgraft.use.export.export import export
 from tests.run.conftest import ENVIRONMENT, ROOT
 from tests.use.conftest import loss_on
@@ -171,6 +172,17 @@ def test_the_card_tells_where_the_model_comes_from(exported, trained):
     shared = (exported["adapter of flex"][0] / "README.md").read_text()
     assert "mean over clients" in shared
     assert "never saw" not in shared
+    assert "| personal |" not in shared
+    assert str(exported["adapter of flex"][0].parents[1]) not in card + shared  # nothing says where things lay
+
+
+def test_a_hub_base_and_its_licence_are_told(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    assert licence_of(str(base)) == licence_of(str(tmp_path / "gone")) == licence_of("mistralai/Mixtral-8x7B-v0.1") == UNSTATED
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert licence_of(str(base)) == "mit"
+    assert licence_of("demo") == "Apache-2.0"
 
 
 def test_a_package_moves_and_needs_no_run(exported, tmp_path, world):
@@ -185,6 +197,16 @@ def test_a_package_moves_and_needs_no_run(exported, tmp_path, world):
     config.write_text(config.read_text() + " ")
     with pytest.raises(ValueError, match="belong to another base"):
         fedgraft.load(folder, overrides=[f"model.name={tmp_path / 'base'}"])
+
+
+def test_a_run_whose_base_has_moved_can_be_exported(trained, tmp_path):
+    folder, recipe = shutil.copytree(trained("flex").folder, tmp_path / "run"), trained("flex").folder / "recipe.yaml"
+    old = trained("flex").recipe["model"]["name"]
+    (folder / "recipe.yaml").write_text(recipe.read_text().replace(old, str(tmp_path / "gone")))
+    with pytest.raises(ValueError, match="no such folder"):
+        export(folder, "garden", "fedgraft", tmp_path / "out")
+    export(folder, "garden", "fedgraft", tmp_path / "out", overrides=[f"model.name={old}"])
+    assert fedgraft.load(tmp_path / "out").client == "garden"
 
 
 def test_a_package_can_be_exported_further(exported, trained, tmp_path):

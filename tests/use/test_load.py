@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import fedgraft
 from fedgraft.evaluation.answers import generate
@@ -97,6 +98,27 @@ def test_looking_up_other_leaves_keeps_those_in_use(trained):
     own = loss_on(loaded, "garden")
     loaded.fitted("harbour")
     assert loss_on(loaded, "garden") == own
+
+
+def test_switching_is_pointer_work(trained, monkeypatch):
+    """Once read, leaves are neither looked up nor moved again."""
+    loaded = fedgraft.load(trained("flex").folder, "garden")
+    own = loss_on(loaded, "garden")
+    loaded.use("harbour")
+    for name in ("using", "placed", "fitted"):
+        monkeypatch.setattr(loaded.grafted, name, None)
+    assert loss_on(loaded.use("garden"), "garden") == own
+
+
+def test_a_run_over_sites_elsewhere_has_no_client_s_leaves_here(trained, tmp_path):
+    folder = shutil.copytree(trained("flex").folder, tmp_path / "run")
+    shutil.rmtree(folder / "clients")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"engine": {"name": "flower", "clients": 3}}))
+    loaded = fedgraft.load(folder, "shared")
+    assert loaded.models == ["base", "shared"]
+    with pytest.raises(ValueError, match="its own leaves have never left its site"):
+        loaded.use("garden")
 
 
 def test_blocks_nest_and_switch_back(trained):

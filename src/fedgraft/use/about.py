@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from pathlib import Path
 from typing import Any
 
 from fedgraft import files, plugins
@@ -37,7 +38,8 @@ def about(record: Record, client: str | None, done: int) -> dict[str, Any]:
         "about_data": plugins.first_line("dataset", data["dataset"]),
         "template": data["template"],
         "max_length": data["max_length"],
-        "base": recipe["model"]["name"],
+        "base": _told(recipe["model"]["name"]),
+        "on_hub": recipe["model"]["name"] != EMBEDDED and _folder(recipe["model"]["name"]) is None,
         "base_digest": environment["base_digest"],
         "base_licence": licence_of(recipe["model"]["name"]),
         "method": recipe["method"],
@@ -59,10 +61,7 @@ def licence_of(base: str) -> str:
     """The licence of a base as far as its own files tell."""
     if base == EMBEDDED:
         return "Apache-2.0"
-    try:
-        folder = locate(base)
-    except ValueError:  # it is elsewhere now
-        folder = None
+    folder = _folder(base)
     card = folder / CARD if folder is not None else None
     found = LICENCE.search(files.read_text(card)) if card is not None and card.is_file() else None
     return found[1].strip() if found else UNSTATED
@@ -77,4 +76,20 @@ def _figures(record: Record, client: str | None) -> dict[str, dict[str, float]]:
             values = [float(models[model][figure]) for models in chosen.values() if figure in models.get(model, {})]
             if values:
                 found.setdefault(model, {})[figure] = statistics.fmean(values)
+    if client is None and "shared" in found:
+        found.pop("personal", None)  # of other leaves than the shared model's
     return found
+
+
+def _folder(base: str) -> Path | None:
+    """The local folder of a base, perhaps gone by now; None for a hub name."""
+    try:
+        return locate(base)
+    except ValueError:
+        return Path(base)
+
+
+def _told(base: str) -> str:
+    """The name of a base without where it lies on this machine."""
+    folder = _folder(base)
+    return base if folder is None or base == EMBEDDED else folder.name

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgraft import __version__, files
-from fedgraft.moe.plan import locate
-from fedgraft.moe.settings import EMBEDDED
 from fedgraft.report.shaping import shown
 from fedgraft.use.about import CARD
 from fedgraft.use.export.subject import Subject, Written
@@ -21,18 +19,18 @@ if TYPE_CHECKING:
 
 def write_card(subject: Subject, written: Written, folder: Path) -> None:
     """Write `README.md`."""
-    text = _template().render(
-        {
-            **subject.about,
-            "name": subject.name,
-            "title": subject.about["client"] or subject.name,
-            "written": written,
-            "version": __version__,
-            "settings": {part: _listed(subject.about[part]) for part in ("method", "lora", "graft", "training") if subject.about[part]},
-            "shown": shown,
-            "base_id": None if subject.about["base"] == EMBEDDED or locate(subject.about["base"]) else json.dumps(subject.about["base"]),
-        }
-    )
+    about = subject.about
+    values = {
+        **about,
+        "title": about["client"] or subject.name,
+        "kind": written.kind,
+        "loading": written.loading,
+        "notes": [*written.notes, *subject.base.notes],
+        "version": __version__,
+        "settings": {part: _listed(about[part]) for part in ("method", "lora", "graft", "training") if about[part]},
+        "base_id": json.dumps(about["base"]) if about["on_hub"] else None,
+    }
+    text = _template().render(values)
     files.write_text(folder / CARD, text)
 
 

@@ -41,7 +41,8 @@ def write(subject: Subject, folder: Path) -> Written:
         notes.append(f"It needs trust_remote_code, since it can't be a Qwen2-MoE: {written.code}.")
     if not exact:
         notes.append(f"Its weights are rounded to {settings.dtype}, the base's precision, so its logits differ by that from the live ones.")
-    difference = _compare(_logits(read_checkpoint(folder, written).to(base.device), ids), before, exact)
+    base.model.to("meta")  # one of the two in memory at a time
+    difference = _compare(_logits(read_checkpoint(folder, written).to(ids.device), ids), before, exact)
     loading = LOADING.format(further=", trust_remote_code=True" if written.code else "")
     return Written(kind=written.kind, loading=loading, notes=notes, difference=difference)
 
