@@ -36,6 +36,7 @@ bench: $(READY) ## Compare a round with a plain PyTorch loop, and memory with 20
 	$(BIN)/python benchmarks/plain_loop.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/serve.py
 	for size in qwen1.5-moe-a2.7b qwen3-30b-a3b; do $(BIN)/python benchmarks/full_size.py tests/account/configs/$$size.json --small; done
 	$(BIN)/python benchmarks/report.py
 

@@ -130,7 +130,7 @@ class CompletionRequest(Request):
         """Every prompt as text or tokens."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt  # type: ignore[list-item,return-value]
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
 
 @dataclass(frozen=True, kw_only=True)
