@@ -40,7 +40,7 @@ same. `generation_personal` writes with a client's LoRA, grafted expert and gate
     ),
     "Serving eight clients at once": (
         ("serve_mixed", "serve_queued"),
-        """40 requests of eight clients to `fedgraft serve` on the embedded base, five of each, over HTTP, greedy, answers of up to 48 tokens.
+        """40 requests of eight clients to `fedgraft serve` on the embedded base, five of each, over HTTP, greedy, of up to 48 tokens.
 `serve_mixed` keeps eight requests open, mixed in one batch; `serve_queued` hands over all at once (batches of 16). Each is set against the
 same requests one by one at the same server; they take turns, and the answers are compared and must be the same.""",
     ),
