@@ -17,11 +17,12 @@ from typing import Any
 
 from fedgraft import files, origin
 from fedgraft.account.memory import workload
-from fedgraft.account.take import summary, take_account
+from fedgraft.account.take import shared_shapes, summary, take_account
 from fedgraft.aggregation import participation
+from fedgraft.aggregation.replies import Due, usable
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
-from fedgraft.evaluation.gather import gather, replies
+from fedgraft.evaluation.gather import due_replies, gather, replies
 from fedgraft.evaluation.knowledge import check_tasks
 from fedgraft.hosting import training_of
 from fedgraft.methods.method import settled
@@ -29,7 +30,7 @@ from fedgraft.reach import Connect, connecting
 from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
 from fedgraft.report.now import noting
-from fedgraft.report.progress import Progress
+from fedgraft.report.progress import Progress, reply_text
 from fedgraft.report.record import CHOICE, Record, keep_finish, read_document, write_document
 from fedgraft.report.recording import check, recording
 from fedgraft.report.summary import summarise
@@ -93,6 +94,7 @@ class Session:
         self.method = settled(self.method, anatomy, recipe.lora, sorted([*self.reach.sites, *self.reach.unseen]))
         work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
         self.account = take_account(anatomy, self.method, recipe.lora, recipe.graft, work)
+        self.due, self.shapes = due_replies(self.method), shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
         self.engine = self.reach.engine()
         self.progress.step("model")
         self.progress.tell(summary(self.account))
@@ -189,17 +191,13 @@ class Session:
 
     def _ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
         """The engine's ask; keeps each reply's facts for the record and reports progress."""
-        for reply in self.engine.ask(question, packages):
+        due = self.due.get(question, Due())
+        for reply in usable(self.engine.ask(question, packages), packages, due, self.shapes, self.lost):
             if reply.client in self.late:
                 self.progress.step(f"round {self.server.round + 1}  {reply.client}  too late")
                 continue
-            facts = dict(reply.bundle.facts)
-            self.replies[reply.client] = facts
-            loss = facts.get("loss")
-            note = f"round {self.server.round + 1}  {reply.client}  loss {loss:.3f}" if isinstance(loss, float) else reply.client
-            if "calibration_tokens" in facts:
-                note = f"{reply.client}  {facts['calibration_tokens']:,} calibration tokens (the paper's runs: 262,144)"
-            self.progress.step(note)
+            self.replies[reply.client] = dict(reply.bundle.facts)
+            self.progress.step(reply_text(self.server.round, reply.client, reply.bundle.facts))
             yield reply
 
     def _open(self) -> None:
