@@ -39,10 +39,10 @@ from fedgraft.aggregation.settings import FederationSettings
 from fedgraft.bundle import Bundle
 from fedgraft.deployment import door, federation, forward, job, keys
 from fedgraft.deployment.client import SOCKET
-from fedgraft.deployment.connection import Connection, load_connection
+from fedgraft.deployment.connection import load_connection
 from fedgraft.deployment.federation import CONNECTION, Federation
 from fedgraft.deployment.guard import Guard
-from fedgraft.deployment.processes import LOCAL, Parts, answers, free_port, ready
+from fedgraft.deployment.processes import LOCAL, Parts, free_port
 from fedgraft.deployment.relay import Relay
 from fedgraft.deployment.site_settings import load_site
 from fedgraft.deployment.submission import carry_out
@@ -64,7 +64,7 @@ LEAF = (250, 1000)
 """Entries of a leaf, 1 MB."""
 RECIPE: dict[str, Any] = {"method": {"name": "fedavg"}}
 POLICY, WORKER = "FEDGRAFT_BENCHMARK_SITE", "--worker"
-SIZES = {5: 12, 100: 5}
+SIZES = {5: 8, 100: 5}
 """Payload in MB -> how often each contestant has its turn."""
 SITES, UPDATE = (2, 4, 8), 100
 PATIENCE = 120.0
@@ -103,8 +103,7 @@ class Echo(Host):
 @cache
 def _holdings(name: str) -> Any:
     recipe = check_values(RECIPE, "the benchmark's recipe")
-    base = skeleton(recipe.model)
-    base.digest = ""  # type: ignore[attr-defined]
+    base = SimpleNamespace(**vars(skeleton(recipe.model)), digest="")
     rows = SimpleNamespace(train=range(100), validation=range(10), test=range(10))
     return SimpleNamespace(clients={name: rows}, base=base, recipe=recipe, method=recipe.build_method())
 
@@ -294,33 +293,30 @@ def standing(folder: Path, sites: int, workers: bool) -> Iterator[tuple[Federati
         _await(lambda: federation.running(made) is not None)
         control = Control(made.local_address, made.certificate)
         _await(lambda: len(control.nodes()) == sites)
-        for home in homes.values():
-            _start_site(stack, home, path, workers)
+        sockets = [_start_site(stack, home, path, workers) for home in homes.values()]
+        _await(lambda: all(socket.exists() or not workers for socket in sockets))
         _await(lambda: all(node.status == "online" for node in control.nodes()))
         control.close()
         family = psutil.Process(coordinator.pid).children(recursive=True)
         yield made, next(process for process in family if "fedgraft.engine.superlink" in process.cmdline())
 
 
-def _start_site(stack: ExitStack, home: Path, path: str, workers: bool) -> None:
+def _start_site(stack: ExitStack, home: Path, path: str, workers: bool) -> Path:
+    """Start its processes without waiting for any; where the worker's socket will be."""
     policy, connection, port = home / "site.yaml", load_connection(home / CONNECTION), free_port()
     environment = {"PYTHONPATH": path, POLICY: str(policy)}
     _, place = load_site(policy)
     (home / "flower").mkdir()
     parts = stack.enter_context(Parts(home / "logs", home / "flower", environment | ({SOCKET: str(place.door)} if workers else {})))
     if workers:
-        ready(parts.start("worker", "flower_overhead", [WORKER, str(policy)]), (place.door / door.SOCKET).exists, "See its log.")
+        parts.start("worker", "flower_overhead", [WORKER, str(policy)])
     secret = home / "executor.secret"
     keys.write_private(secret, secrets.token_bytes(32))
-    _start_node(parts, connection, port, secret)
-
-
-def _start_node(parts: Parts, connection: Connection, port: int, secret: Path) -> None:
     words = ["--isolation", "process", "--host", LOCAL, "--port", str(port), "--superexec-auth-secret-file", str(secret)]
-    node = parts.start("supernode", "fedgraft.engine.supernode", [*connection.words(), *words])
-    ready(node, lambda: answers(LOCAL, port), "See its log.")
+    parts.start("supernode", "fedgraft.engine.supernode", [*connection.words(), *words])
     words = ["--address", f"{LOCAL}:{port}", "--secret-file", str(secret), "--app", "flower_overhead:client"]
     parts.start("executor", "fedgraft.engine.executor", words)
+    return place.door / door.SOCKET
 
 
 def _await(found: Callable[[], bool]) -> None:
