@@ -30,6 +30,8 @@ class Series:
     label: str
     style: str
     points: Sequence[Point]
+    band: Sequence[Point] = ()
+    """(lowest, highest) behind each point, shaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ def curves(
     title: str,
     description: str,
     series: Sequence[Series],
-    data: Grid,
+    data: Grid | None,
     *,
     x_title: str,
     y_title: str,
@@ -78,11 +80,13 @@ def curves(
     caption: str = "",
 ) -> Figure:
     """Curves over rounds `x` = (first, last), the last series on top; `zero`: the y axis starts there."""
-    values = [value for one in series for _, value in one.points if math.isfinite(value)] or [0.0]
+    told = [value for one in series for _, value in one.points] + [value for one in series for ends in one.band for value in ends]
+    values = [value for value in told if math.isfinite(value)] or [0.0]
     y_ticks = ticks(0.0 if zero else min(values), max(values))
     x = x if x[0] < x[1] else (x[0] - 0.5, x[1] + 0.5)
     x_ticks = [tick for tick in ticks(*x) if tick == int(tick) and x[0] <= tick <= x[1]]
     axes = Axes(x=x, y=(y_ticks[0], y_ticks[-1]))
+    shaded = "".join(element("path", f"band {one.style}", d=path) for one in series for path in _bands(axes, one))
     drawn = "".join(element("path", f"line {one.style}", d=path) for one in series for path in _paths(axes, one.points))
     marked = "".join(
         _mark(one.style, *axes.at(one.points[0])) for one in series if len(one.points) == 1 and math.isfinite(one.points[0][1])
@@ -97,7 +101,7 @@ def curves(
         name=name,
         title=title,
         description=description,
-        svg=axes.frame(x_title, y_title, x_ticks, y_ticks) + drawn + marked,
+        svg=axes.frame(x_title, y_title, x_ticks, y_ticks) + shaded + drawn + marked,
         width=WIDTH,
         height=HEIGHT,
         caption=caption,
@@ -184,6 +188,19 @@ def _paths(axes: Axes, points: Sequence[Point]) -> Iterator[str]:
     for whole, stretch in groupby(kept, key=lambda point: math.isfinite(point[1])):
         if whole:
             yield "M" + "L".join("{:.1f} {:.1f}".format(*axes.at(point)) for point in stretch)
+
+
+def _bands(axes: Axes, series: Series) -> Iterator[str]:
+    """What is shaded behind a curve: along the highest values and back along the lowest, between gaps."""
+    if not series.band:
+        return
+    edges = [(x, *ends) for (x, _), ends in zip(series.points, series.band, strict=True)]
+    kept = edges[:: max(1, math.ceil(len(edges) / POINTS))]
+    for whole, stretch in groupby(kept, key=lambda edge: math.isfinite(edge[1]) and math.isfinite(edge[2])):
+        if whole:
+            side = list(stretch)
+            round_trip = [(x, high) for x, _, high in side] + [(x, low) for x, low, _ in reversed(side)]
+            yield "M" + "L".join("{:.1f} {:.1f}".format(*axes.at(point)) for point in round_trip) + "z"
 
 
 SHAPES = (  # so that series are told apart without colours

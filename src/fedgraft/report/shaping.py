@@ -10,8 +10,9 @@ from typing import Any
 from fedgraft.report.blocks import Grid, Note, Section
 from fedgraft.report.figures import STYLES
 from fedgraft.report.record import Record
-from fedgraft.report.table import Table, described
+from fedgraft.report.table import FROM, TO, Table, described
 
+GAINS = ("gain over base", "gain over local")
 RESUME = "fedgraft resume ."
 """How a run goes on, said in its own folder, where its page lies."""
 
@@ -22,14 +23,27 @@ def absent(name: str, title: str, text: str, missing: bool = True) -> Section:
 
 
 def headline(tables: Sequence[Table], columns: str) -> Grid:
-    """Mean and worst client of every figure."""
+    """Mean and worst client of every figure, with the interval of the mean and the gains where any figure has them."""
     names = list(dict.fromkeys(name for table in tables for name in table.columns))
-    rows = []
+    rows: list[list[str]] = []
+    leading = []
     for table in tables:
+        leading.append(len(rows))
         arrow = "higher is better" if described(table.figure)[1] else "lower is better"
-        for key, label in (("mean", f"{table.title}, {arrow}"), ("std", "deviation over clients"), ("worst", "worst client")):
-            rows.append([label, *(value(table.summary[key], name, table.digits) for name in names)])
-    return Grid(caption=f"All clients: figures x {columns}", columns=["figure", *names], rows=rows, groups=3)
+        rows.append([f"{table.title}, {arrow}", *(value(table.summary["mean"], name, table.digits) for name in names)])
+        if FROM in table.summary:
+            rows.append(["mean, 95 % interval", *(_interval(table, name) for name in names)])
+        rows.extend(
+            [row, *(value(table.summary[row], name, table.digits, "+z") for name in names)] for row in GAINS if row in table.summary
+        )
+        for row, label in (("std", "deviation over clients"), ("worst", "worst client")):
+            rows.append([label, *(value(table.summary[row], name, table.digits) for name in names)])
+    return Grid(caption=f"All clients: figures x {columns}", columns=["figure", *names], rows=rows, leading=leading)
+
+
+def _interval(table: Table, name: str) -> str:
+    ends = [table.summary.get(row, {}).get(name) for row in (FROM, TO)]
+    return " to ".join(f"{end:.{table.digits}f}" for end in ends if end is not None) if None not in ends else "–"
 
 
 def grid(table: Table) -> Grid:
@@ -79,6 +93,11 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def value(row: Mapping[Any, float], name: Any, digits: int) -> str:
+def value(row: Mapping[Any, float], name: Any, digits: int, sign: str = "") -> str:
     """A table's cell; a dash where nothing was measured."""
-    return f"{row[name]:.{digits}f}" if name in row else "–"
+    return f"{row[name]:{sign}.{digits}f}" if name in row else "–"
+
+
+def percents(share: float) -> str:
+    """A share as per cent with two digits."""
+    return f"{100 * share:.2f} %"

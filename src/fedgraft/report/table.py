@@ -22,6 +22,7 @@ Columns = dict[str, dict[str, float]]
 """Column (or row of a summary) -> client (or column) -> value."""
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy by likelihood per character"}
 LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "brier_score", "wer", "ter")  # of lm-eval's metrics
+FROM, TO = "mean, 95 % from", "mean, 95 % to"
 MODELS = ("base", "shared", "trained", "personal")  # as columns from left to right
 
 
@@ -95,8 +96,7 @@ def _intervals(record: Record, figure: str, models: Sequence[str]) -> Columns:
     """The ends of the interval of the mean over these clients, whose rows alone were drawn."""
     known = {model: record.further.get("summary", {}).get(model, {}).get(figure, {}).get("interval_rows") for model in models}
     ends = {model: interval for model, interval in known.items() if interval}
-    rows = {f"mean, 95 % {word}": {model: interval[at] for model, interval in ends.items()} for at, word in enumerate(("from", "to"))}
-    return rows if ends else {}
+    return {row: {model: interval[at] for model, interval in ends.items()} for at, row in enumerate((FROM, TO))} if ends else {}
 
 
 def further_tables(record: Record) -> list[Table]:
