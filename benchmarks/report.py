@@ -32,6 +32,12 @@ allocator that keeps freed memory.""",
 All clients choose experts, grow a graft and are evaluated; `memory200` trains 4 of them in each of 2 rounds, `memory200_all` trains all.
 Every client has 50 rows of about 1,000 characters.""",
     ),
+    "Writing answers": (
+        ("generation", "generation_personal"),
+        """Greedy answers for the evaluation (20 rows a client, up to 64 new tokens, batches of 16, KV cache) against transformers' own
+batched `generate` on the base model with the same prompts in the order of the rows; the answers of the base are compared and must be the
+same. `generation_personal` writes with a client's LoRA, grafted expert and gate in place. The two take turns client by client.""",
+    ),
     "Full-size models on one GPU": (
         ("full_size_qwen1.5-moe-a2.7b", "full_size_qwen3-30b-a3b"),
         """Random bf16 weights at the sizes of Qwen1.5-MoE-A2.7B and Qwen3-30B-A3B: every expert of every layer on 128 x 2,048 calibration

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,7 +54,12 @@ def described(figure: str) -> tuple[str, bool, int]:
 
 def possible(records: Sequence[Record]) -> list[str]:
     """The figures there can be: those of every run, then those of the tasks that these were asked."""
-    models = [figures for record in records for client in record.results.values() for figures in client.values()]
+    return list(dict.fromkeys(figure for results in ({}, *(record.results for record in records)) for figure in figures_of(results)))
+
+
+def figures_of(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """The same for figures by client and model."""
+    models = [figures for client in results.values() for figures in client.values()]
     return [*FIGURES, *dict.fromkeys(figure for figures in models for figure in figures if "/" in figure)]
 
 
