@@ -52,52 +52,93 @@ def quality(records: Sequence[Record]) -> Section:
 
 
 def training(records: Sequence[Record]) -> Section:
-    """Mean training loss of every run."""
-    names = labels(records)
-    points = {name: mean_losses(record) for name, record in zip(names, records, strict=True)}
-    if not any(math.isfinite(value) for losses in points.values() for _, value in losses):
+    """Mean training loss of every run, or of the runs that differ in their seed alone, with its range over seeds."""
+    groups = grouped(records)
+    by_seed = {group.name: [dict(mean_losses(record)) for record in group.runs] for group in groups}
+    spread = {name: _over_seeds(each) for name, each in by_seed.items()}
+    if not any(math.isfinite(mean) for rounds in spread.values() for mean, _, _ in rounds.values()):
         return absent("training", "Training", "None of these runs has trained a round yet.")
     last = max(len(record.rounds) for record in records)
-    by_round = {name: dict(losses) for name, losses in points.items()}
-    rows = [[str(at), *(f"{losses[at]:.3f}" if at in losses else "–" for losses in by_round.values())] for at in range(1, last + 1)]
-    ended = [f"{name} ends at {losses[-1][1]:.3f}" for name, losses in points.items() if losses]
-    look = styles(names)
+    rows = [[str(at), *(_spread_text(rounds.get(at)) for rounds in spread.values())] for at in range(1, last + 1)]
+    ended = [f"{name} ends at {list(rounds.values())[-1][0]:.3f}" for name, rounds in spread.items() if rounds]
+    look = styles(list(spread))
+    many = [group.name for group in groups if len(group.runs) > 1]
+    caption = "Mean over clients, then over seeds; shaded: from the lowest seed to the highest." if many else "Mean over clients."
     figure = curves(
         "training-loss",
         "Mean training loss",
         f"{'; '.join(ended)}.",
-        [Series(label=name, style=look[name], points=losses) for name, losses in points.items()],
-        Grid(caption="Mean training loss per round", columns=["round", *names], rows=rows),
+        [
+            Series(
+                label=name,
+                style=look[name],
+                points=[(at, mean) for at, (mean, _, _) in rounds.items()],
+                band=[(low, high) for _, low, high in rounds.values()] if name in many else (),
+            )
+            for name, rounds in spread.items()
+        ],
+        Grid(caption=f"Mean training loss per round{', with its range over seeds' if many else ''}", columns=["round", *spread], rows=rows),
         x_title="round",
         y_title="nats per response token",
         x=(1, last),
+        caption=caption,
     )
     return Section(name="training", title="Training", blocks=[figure])
 
 
+def _over_seeds(runs: Sequence[dict[float, float]]) -> dict[float, tuple[float, float, float]]:
+    """Round -> mean, lowest and highest over the runs that have come so far and trained in it; not a number where none did."""
+    found = {}
+    for at in sorted({at for run in runs for at in run}):
+        losses = [run[at] for run in runs if math.isfinite(run.get(at, math.nan))] or [math.nan]
+        found[at] = statistics.fmean(losses), min(losses), max(losses)
+    return found
+
+
+def _spread_text(spread: tuple[float, float, float] | None) -> str:
+    if spread is None:
+        return "–"
+    mean, low, high = spread
+    return f"{mean:.3f}" if low == high or math.isnan(mean) else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
 def price(records: Sequence[Record]) -> Section:
     """What the quality costs in bytes, tokens and seconds."""
-    names, rows, points = labels(records), [], []
-    look = styles(names)
+    names, rows = labels(records), []
     for name, record in zip(names, records, strict=True):
         total = cost(record)
-        sent = (total["bytes_up"] + total["bytes_down"]) / 1e6
         per_round = [f"{total[f'bytes_{way}_per_round'] / 1e6:,.2f}" for way in ("up", "down")]
-        rows.append([name, *per_round, f"{sent:,.2f}", f"{total['training_tokens']:,}", f"{total['training_seconds']:,.1f}"])
-        losses = record.figures("personal", "loss")
-        if losses:
-            points.append(Series(label=name, style=look[name], points=[(sent, statistics.fmean(losses.values()))]))
+        rows.append([name, *per_round, f"{_sent(record):,.2f}", f"{total['training_tokens']:,}", f"{total['training_seconds']:,.1f}"])
     columns = ["run", "MB up a round", "MB down a round", "MB in all", "training tokens", "seconds"]
     blocks: list[Block] = [Grid(caption="Bytes (fp32, all clients), tokens and seconds of training", columns=columns, rows=rows)]
-    if points:
-        told = [[one.label, f"{one.points[0][0]:,.2f}", f"{one.points[0][1]:.3f}"] for one in points]
+    points = {
+        group.name: [
+            (_sent(record), statistics.fmean(losses.values())) for record in group.runs if (losses := record.figures("personal", "loss"))
+        ]
+        for group in grouped(records)
+    }
+    look = styles(list(points))
+    measured = {name: each for name, each in points.items() if each}
+    if measured:
+        means = {name: [statistics.fmean(values) for values in zip(*each, strict=True)] for name, each in measured.items()}
+        told = [[name, f"{sent:,.2f}", f"{loss:.3f}"] for name, (sent, loss) in means.items()]
         title = FIGURES["loss"][0]
-        sentence = "; ".join(f"{name}: {sent} MB, loss {loss}" for name, sent, loss in told)
-        data = Grid(caption="Bytes and quality", columns=["run", "MB in all", f"mean {title}"], rows=told)
+        several = any(len(each) > 1 for each in measured.values())
+        sentence = "; ".join(f"{name}: {sent} MB, loss {loss}" for name, sent, loss in told) + (
+            ". A mark for each seed." if several else ""
+        )
+        series = [Series(label=name, style=look[name], points=each) for name, each in measured.items()]
+        caption = f"Bytes and quality{', mean over seeds' if several else ''}"
+        data = Grid(caption=caption, columns=["run", "MB in all", f"mean {title}"], rows=told)
         blocks.append(
-            scatter("bytes-quality", "Bytes and quality", sentence, points, data, x_title="MB up and down in all", y_title="mean " + title)
+            scatter("bytes-quality", "Bytes and quality", sentence, series, data, x_title="MB up and down in all", y_title="mean " + title)
         )
     return Section(name="cost", title="Cost", blocks=blocks)
+
+
+def _sent(record: Record) -> float:
+    total = cost(record)
+    return float(total["bytes_up"] + total["bytes_down"]) / 1e6
 
 
 def differences(records: Sequence[Record]) -> Section:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from fedgraft.report.blocks import Facts, Figure, Grid, Note, Section
+from fedgraft import words
+from fedgraft.report.blocks import Block, Facts, Figure, Grid, Note, Section
 from fedgraft.report.figures import Series, curves
 from fedgraft.report.record import Record
 from fedgraft.report.shaping import RESUME, absent, number, span_of
 from fedgraft.report.table import cost
+
+PEAKS = (("peak_memory", "peak memory"), ("peak_gpu_memory", "peak GPU memory"))
 
 
 def traffic_and_time(record: Record) -> Section:
@@ -14,9 +17,13 @@ def traffic_and_time(record: Record) -> Section:
     title = "Cost"
     if not record.rounds:
         return absent("cost", title, f"No round is finished yet. In the folder of this run, continue with: {RESUME}")
+    return Section(name="cost", title=title, blocks=[_totals(record), *_account(record), *_sessions(record), *_curves(record)])
+
+
+def _totals(record: Record) -> Facts:
     total = cost(record)
     seconds = total["training_seconds"]
-    facts = Facts(
+    return Facts(
         items=[
             ("bytes up, all clients", f"{total['bytes_up'] / 1e6:,.2f} MB"),
             ("bytes down, all clients", f"{total['bytes_down'] / 1e6:,.2f} MB"),
@@ -25,8 +32,56 @@ def traffic_and_time(record: Record) -> Section:
             ("tokens per second", f"{total['training_tokens'] / seconds:,.0f}" if seconds else "–"),
         ]
     )
+
+
+def _curves(record: Record) -> list[Block]:
     text = "Bytes are those of the encoded packages and replies (fp32), as they would cross a wire. Seconds are wall clock and vary."
-    return Section(name="cost", title=title, blocks=[facts, _bytes(record), _seconds(record), _speed(record), Note(text=text)])
+    return [_bytes(record), _seconds(record), _speed(record), Note(text=text)]
+
+
+def _account(record: Record) -> list[Block]:
+    """What is trained and sent, and what a token costs with and without it."""
+    known = record.spending.get("account")
+    if not known:
+        return [Note(text="How many parameters are trained and what a token costs was not recorded with this run (cost.json).")]
+    base, grafted = known["flops_base"], known["flops_grafted"]
+    parts = [
+        ("base model", base),
+        ("LoRA", known["flops_adapters"]),
+        ("grafted experts and gates", known["flops_graft"]),
+        ("in all", grafted),
+    ]
+    rows = [[name, words.flops(count), f"{100 * count / base:.1f} %"] for name, count in parts]
+    facts = Facts(
+        items=[
+            ("parameters of the base, frozen", words.count(known["parameters"])),
+            ("trained by a client", words.count(known["trained"])),
+            ("of these travelling", words.count(known["shared"])),
+            ("of these private", words.count(known["personal"])),
+        ]
+    )
+    caption = "FLOPs per token of one forward, counted from shapes"
+    return [facts, Grid(caption=caption, columns=["part", "FLOPs", "of the base"], rows=rows, sortable=False)]
+
+
+def _sessions(record: Record) -> list[Block]:
+    """Seconds by phase and peaks of memory, of each time that the run was taken up."""
+    sessions = record.spending.get("sessions", [])
+    if not sessions:
+        return []
+    phases = list(dict.fromkeys(phase for session in sessions for phase in session["seconds"]))
+    peaks = [(key, label) for key, label in PEAKS if any(key in session for session in sessions)]
+    rows = [
+        [phase, *(f"{session['seconds'][phase]:,.1f}" if phase in session["seconds"] else "–" for session in sessions)] for phase in phases
+    ]
+    feet = [
+        ["all phases", *(f"{sum(session['seconds'].values()):,.1f}" for session in sessions)],
+        *([label, *(words.size(session[key]) if key in session else "–" for session in sessions)] for key, label in peaks),
+    ]
+    several = [f"session {at}, to round {session['rounds']}" for at, session in enumerate(sessions, start=1)]
+    columns = ["phase", *(several if len(sessions) > 1 else ["seconds"])]
+    caption = "Seconds by phase, and peak memory of this process" + ("" if len(sessions) == 1 else ", each time the run was taken up")
+    return [Grid(caption=caption, columns=columns, rows=rows, feet=feet, sortable=False)]
 
 
 def _bytes(record: Record) -> Figure:

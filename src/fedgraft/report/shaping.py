@@ -59,7 +59,12 @@ def grid(table: Table) -> Grid:
 def styles(names: Sequence[str]) -> dict[str, str]:
     """Name -> class of its marks and curves, the same in every figure of a page."""
     others = [name for name in names if name != "base"]
-    return {name: "base" if name == "base" else f"s{others.index(name) % STYLES}" for name in names}
+    return {name: "base" if name == "base" else _style(others.index(name)) for name in names}
+
+
+def _style(number: int) -> str:
+    """Eight full ones, eight hollow ones, then these again."""
+    return f"s{number % STYLES}{' hollow' if number // STYLES % 2 else ''}"
 
 
 def span_of(record: Record) -> tuple[float, float]:
