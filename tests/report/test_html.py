@@ -227,8 +227,12 @@ def test_comparing_has_runs_as_columns(make):
         "runs",
         "quality",
         "training",
+        "experts",
+        "unseen",
+        "data",
         "cost",
         "differences",
+        "environment",
         "reproduce",
     ]
     assert _table(root, "response loss (nats/token)")["client"] == ["base", "flex", "fedavg"]

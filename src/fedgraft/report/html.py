@@ -23,6 +23,7 @@ from fedgraft.report import (
     over_seeds,
     routing_sections,
     sections,
+    side_by_side,
     training_sections,
     transfer_sections,
 )
@@ -53,8 +54,12 @@ COMPARISON: tuple[comparison.ComparisonSection, ...] = (
     comparison.runs,
     comparison.quality,
     comparison.training,
+    side_by_side.experts,
+    side_by_side.unseen,
+    side_by_side.data,
     comparison.price,
     comparison.differences,
+    side_by_side.environment,
     comparison.reproduce,
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from fedgraft.report.bars import stacked
@@ -53,7 +53,36 @@ def data(record: Record) -> Section:
     table = Grid(caption="Training rows of each client by category, and rows cut to the longest length", columns=columns, rows=rows)
     longest = record.recipe.get("data", {}).get("max_length", "the longest length")
     text = f"A row of more than {longest} tokens is cut, its context first. Training counts a row each time it is drawn."
-    return Section(name="data", title="Data", blocks=[table, _partition(held, kinds), Note(text=text)])
+    return Section(name="data", title="Data", blocks=[table, partition(held, alone=not narrow), Note(text=text)])
+
+
+def partition(held: Mapping[str, Mapping[str, int]], *, alone: bool) -> Figure:
+    """Who has what, as bars; `alone`: no table with a column for each category stands beside it, so it has the counts itself."""
+    kinds = sorted({kind for counts in held.values() for kind in counts})
+    totals = {kind: sum(counts.get(kind, 0) for counts in held.values()) for kind in kinds}
+    leading = sorted(kinds, key=lambda kind: (-totals[kind], kind))[: STYLES - (len(kinds) > STYLES)]
+    rows = {client: {kind: float(counts.get(kind, 0)) for kind in leading} for client, counts in held.items()}
+    parts = list(leading)
+    if len(kinds) > STYLES:
+        parts.append(OTHERS)
+        for client, counts in held.items():
+            rows[client][OTHERS] = float(sum(counts.values())) - sum(rows[client].values())
+    sizes = [sum(counts.values()) for counts in held.values()]
+    most, least = max(sizes), min(sizes)
+    rows_told = f"{most:,}" if most == least else f"{least:,} to {most:,}"
+    single = sum(sum(count > 0 for count in counts.values()) == 1 for counts in held.values())
+    text = f"{len(held)} clients with {rows_told} training rows each, of {len(kinds)} categories; {single or 'none'} with a single one."
+    told = [[client, *(f"{row[part]:,.0f}" for part in parts)] for client, row in rows.items()]
+    table = Grid(caption="Training rows by the largest categories", columns=["client", *parts], rows=told)
+    return stacked(
+        "partition",
+        "Who has what",
+        text,
+        rows,
+        parts,
+        x_title="training rows",
+        data=table if alone else None,
+    )
 
 
 def settings(record: Record) -> Section:
@@ -92,34 +121,6 @@ def reproduce(record: Record) -> Section:
         blocks.append(Facts(items=[("digest to be expected", record.digest)]))
     text = "The same bits need the same base model, data, package versions, device and thread count; the environment above names them."
     return Section(name="reproduce", title="How to reproduce", blocks=[*blocks, Note(text=text)])
-
-
-def _partition(held: Mapping[str, Mapping[str, int]], kinds: Sequence[str]) -> Figure:
-    """Who has what, as bars; the table beside it has the counts where it has a column for each category."""
-    totals = {kind: sum(counts.get(kind, 0) for counts in held.values()) for kind in kinds}
-    leading = sorted(kinds, key=lambda kind: (-totals[kind], kind))[: STYLES - (len(kinds) > STYLES)]
-    rows = {client: {kind: float(counts.get(kind, 0)) for kind in leading} for client, counts in held.items()}
-    parts = list(leading)
-    if len(kinds) > STYLES:
-        parts.append(OTHERS)
-        for client, counts in held.items():
-            rows[client][OTHERS] = float(sum(counts.values())) - sum(rows[client].values())
-    sizes = [sum(counts.values()) for counts in held.values()]
-    most, least = max(sizes), min(sizes)
-    rows_told = f"{most:,}" if most == least else f"{least:,} to {most:,}"
-    single = sum(sum(count > 0 for count in counts.values()) == 1 for counts in held.values())
-    text = f"{len(held)} clients with {rows_told} training rows each, of {len(kinds)} categories; {single or 'none'} with a single one."
-    told = [[client, *(f"{row[part]:,.0f}" for part in parts)] for client, row in rows.items()]
-    table = Grid(caption="Training rows by the largest categories", columns=["client", *parts], rows=told)
-    return stacked(
-        "partition",
-        "Who has what",
-        text,
-        rows,
-        parts,
-        x_title="training rows",
-        data=table if len(kinds) > CATEGORIES else None,
-    )
 
 
 def _split(record: Record) -> str:

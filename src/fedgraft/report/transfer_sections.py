@@ -47,7 +47,7 @@ def unseen(record: Record) -> Section:
     blocks: list[Block] = []
     if all(curve.values()):
         blocks.append(_adapting(curve, [loss for loss in base if loss is not None]))
-    return Section(name="unseen", title=title, blocks=[*blocks, *(grid(table) for table in tables)])
+    return Section(name="unseen", title=title, blocks=[*blocks, *(grid(table, "model, rows") for table in tables)])
 
 
 def _matrix(losses: Losses) -> Figure:
