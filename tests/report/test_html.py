@@ -16,8 +16,8 @@ import pytest
 
 from fedgraft.report.html import MARK, comparison_page, leave_page, run_page, write_page
 from fedgraft.report.record import write_recipe
-from tests.report.conftest import DIGEST, made_record
-from tests.report.parsed import parse
+from tests.report.conftest import DIGEST, made_record, measured_record
+from tests.report.parsed import parse, tables
 
 BEGUN = {"environment": {}, "selection": {}, "done": 0}
 SECTIONS = [
@@ -36,11 +36,22 @@ SECTIONS = [
 ]
 
 
+def seeded(seed, method="flex"):
+    """The recipe of a made record with another seed or method."""
+    return made_record().recipe | {"seed": seed, "method": {"name": method}}
+
+
+def named(method, lift=0.0, **parts):
+    """A measured run of another method."""
+    return measured_record(lift=lift / 100, recipe=seeded(7, method), folder=Path(method), **parts)
+
+
 def pages(make):
     """Pages of every stage and kind."""
     plain = make(recipe={key: part for key, part in make().recipe.items() if key not in {"graft", "selection"}}, selection={})
     return {
         "finished": run_page(make()),
+        "measured": run_page(measured_record()),
         "stopped": run_page(make(done=1)),
         "trained": run_page(make(results={}, digest="")),
         "chosen": run_page(make(done=0)),
@@ -52,6 +63,8 @@ def pages(make):
         "one round": run_page(make(rounds=1)),
         "no rounds": run_page(make(rounds=0)),
         "comparison": comparison_page([make(folder=Path("a")), make(folder=Path("b"), done=1), plain]),
+        "comparison of seeds": comparison_page([measured_record(lift=seed / 10, recipe=seeded(seed)) for seed in range(3)]),
+        "comparison of many": comparison_page([named(f"m{at}", at) for at in range(12)]),
         "unfinished comparison": comparison_page([make(**BEGUN), make(**BEGUN, folder=Path("b"))]),
     }
 
@@ -142,7 +155,7 @@ def test_a_finished_run_is_told_from_the_record(make):
     )
     gates = _table(root, "Mean gate per client and MoE layer")
     assert gates["client-01"] == [f"{layer[0]:.3f}" for layer in record.results["client-01"]["personal"]["gate_mean"]]
-    held = next(value for name, value in _tables(root).items() if name.startswith("Training rows"))
+    held = next(value for name, value in tables(root).items() if name.startswith("Training rows"))
     assert held["client"] == ["training rows", "sums", "talk", "cut in training", "cut in evaluation"]
     assert held["client-00"] == ["40", "10", "30", "6", "4 of 10"]  # 2 cut in each of 3 rounds
     assert _table(root, "MB per round")["1"] == ["0.001", "0.001"]
@@ -159,19 +172,8 @@ def test_a_finished_run_is_told_from_the_record(make):
     assert DIGEST in reproduce
 
 
-def _tables(root):
-    """Label -> first cell of a row -> its other cells."""
-    return {
-        table.attributes["aria-label"]: {
-            cells[0].text: [cell.text for cell in cells[1:]]
-            for cells in ([node for node in row.parts if not isinstance(node, str)] for row in table.all("tr"))
-        }
-        for table in root.all("table")
-    }
-
-
 def _table(root, label):
-    return _tables(root)[label]
+    return tables(root)[label]
 
 
 @pytest.mark.parametrize(

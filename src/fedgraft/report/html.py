@@ -68,10 +68,11 @@ def run_page(record: Record) -> str:
     """The page of one run, however far it has come."""
     model = str(record.recipe.get("model", {}).get("name", "unknown model"))
     planned, done = record.recipe.get("federation", {}).get("rounds", "?"), len(record.rounds)
-    clients = len(record.environment.get("clients", {}) or record.results or record.selection)
+    unseen = len(record.further.get("unseen", {}))
+    clients = len(record.environment.get("clients", {})) - unseen or len(record.results or record.selection)
     items = [
         ("state", "finished" if record.finished else "stopped before its end" if done else "stopped before its first round"),
-        ("clients", str(clients) if clients else "unknown"),
+        ("clients", f"{clients}{f', and {unseen} unseen' if unseen else ''}" if clients else "unknown"),
         ("rounds", f"{done} of {planned}"),
         ("seed", shown(record.recipe.get("seed"))),
         ("started", str(record.environment.get("started", "unknown"))),
