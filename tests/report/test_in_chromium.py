@@ -235,6 +235,7 @@ def test_a_printed_page_shows_all_and_nothing_to_press(browser, files):
         try:
             assert browser.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
             assert browser.evaluate(HIDDEN) == [], name
+            assert browser.evaluate("document.documentElement.scrollWidth") <= 794, name
         finally:
             browser.ask("Emulation.setEmulatedMedia", media="")
 

@@ -82,6 +82,14 @@ def test_of_many_runs_each_is_a_row_that_can_be_sorted(many):
     assert "data-sorts" in by_label["response loss (nats/token)"].attributes
 
 
+def test_where_many_runs_differ_in_many_keys_each_names_its_own():
+    runs = [named(f"m{at}") for at in range(9)]
+    for at, record in enumerate(runs):
+        record.recipe["method"].update({f"own{number}": number for number in range(at)})
+    table = tables(parse(comparison_page(runs)))["Keys in which the recipes differ"]
+    assert table["m2"] == ["method.name m2; method.own0 0; method.own1 1"]
+
+
 def test_the_gains_of_many_runs_are_a_heat_map(many):
     assert not [figure for figure in many.all("figure") if figure.attributes["id"] == "quality-dots"]
     assert tables(many)["Gain of each client over base per run and client"]["m3"] == ["+0.500"] * 3

@@ -169,7 +169,7 @@ def _sent(record: Record) -> float:
 
 def differences(records: Sequence[Record]) -> Section:
     """The settings in which the recipes differ; runs that differ in their seed alone are one."""
-    groups = grouped(records)
+    title, groups = "Differences between the recipes", grouped(records)
     recipes = [
         dict(flat({key: part for key, part in group.runs[0].recipe.items() if key != "seed" or len(group.runs) == 1})) for group in groups
     ]
@@ -181,11 +181,14 @@ def differences(records: Sequence[Record]) -> Section:
     if not keys:
         but = ", but for their seeds" if len(groups) < len(records) else ""
         return absent("differences", "Differences", f"The recipes are the same in every key{but}.", missing=False)
+    caption, names = "Keys in which the recipes differ", [group.name for group in groups]
+    if min(len(names), len(keys)) > MANY:  # too many both ways for a table of all
+        told = ["; ".join(f"{key} {shown(recipe[key])}" for key in keys if key in recipe) for recipe in recipes]
+        columns, rows = ["run", "keys that others have otherwise"], [list(pair) for pair in zip(names, told, strict=True)]
+        return Section(name="differences", title=title, blocks=[Grid(caption=caption, columns=columns, rows=rows, numeric=False)])
     rows = [[key, *(shown(recipe[key]) if key in recipe else "–" for recipe in recipes)] for key in keys]
-    columns = ["key", *(group.name for group in groups)]
-    table = Grid(caption="Keys in which the recipes differ", columns=columns, rows=rows, numeric=False)
-    shown_table = turned(table, "run") if len(groups) > MANY else table
-    return Section(name="differences", title="Differences between the recipes", blocks=[shown_table])
+    table = Grid(caption=caption, columns=["key", *names], rows=rows, numeric=False)
+    return Section(name="differences", title=title, blocks=[turned(table, "run") if len(names) > MANY else table])
 
 
 def reproduce(records: Sequence[Record]) -> Section:
