@@ -67,7 +67,7 @@ def test_rates_of_the_grids_were_tried_on_validation_rows():
     assert set(Counter(recipe.method.name for recipe in tried).values()) == {3}
     chosen = read_values("dolly_methods")[1]["per_method"]
     assert chosen.keys() == {recipe.method.name for recipe in tried}
-    for name in ("dolly_methods", "dolly_dirichlet", "federation_pays", "equal_size", "flex_clients"):
+    for name in ("dolly_methods", "dolly_dirichlet", "federation_pays", "equal_size", "flex_clients", "unseen_clients"):
         own = read_values(name)[1]["per_method"]
         assert all(own[method] == chosen[method] for method in own), name
         for point in plan(name):
