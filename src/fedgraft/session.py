@@ -33,6 +33,7 @@ from fedgraft.report.now import noting
 from fedgraft.report.progress import Progress, reply_text
 from fedgraft.report.record import CHOICE, Record, keep_finish, read_document, write_document
 from fedgraft.report.recording import check, recording
+from fedgraft.report.spending import Spending
 from fedgraft.report.summary import summarise
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
@@ -67,8 +68,7 @@ class Session:
             ValueError: data, model, method and clients do not fit together, or clients cannot be reached.
         """
         self.recipe, self.folder, self.progress, self.stand = recipe, folder, progress, stand or Stand(folder)
-        self.run = origin.run_id(folder)
-        self.method = recipe.build_method()
+        self.run, self.method, self.spending = origin.run_id(folder), recipe.build_method(), Spending()
         check_tasks(recipe.evaluation, self.method.row_wise)
         check(recipe.record)
         self.opened = False
@@ -131,6 +131,7 @@ class Session:
             raise Stopped(self.folder) from stop
         finally:
             self.progress.close()
+            self.spending.keep(self.folder, self.account.as_dict())
             leave_page(self.folder)
         return Record.load(self.folder)
 
@@ -182,6 +183,7 @@ class Session:
 
     def _begin(self, phase: str, total: int) -> None:
         self.stand.phase, self.stand.client = phase, ""
+        self.spending.begin(phase)
         self.progress.begin(phase, total)
 
     def _without(self, client: str, reason: str, after: str, word: str) -> None:
