@@ -11,7 +11,7 @@ from pathlib import PurePath
 LAYERS = (
     {"cli"},
     {"deployment"},
-    {"rehearsal", "checkup"},
+    {"rehearsal", "checkup", "use"},
     {"runner", "starter", "sweep"},
     {"session"},
     {"reach"},  # how a run gets at its clients
@@ -32,7 +32,7 @@ BESIDE = {
     "files": {"signals"},
 }
 # Foreign packages that only some parts may import; TYPES_ONLY names parts that may do so under `if TYPE_CHECKING:`.
-OWNERS = {"flwr": {"engine"}, "ray": {"engine"}, "peft": {"grafts"}, "transformers": {"moe"}}
+OWNERS = {"flwr": {"engine"}, "ray": {"engine"}, "peft": {"grafts"}, "transformers": {"moe", "use"}}
 TYPES_ONLY = {"flwr": {"deployment"}, "transformers": {"data", "evaluation", "account"}}
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}

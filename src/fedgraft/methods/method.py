@@ -182,7 +182,7 @@ def answer_as(method: Method, client: Client, package: Bundle) -> dict[str, Pred
     """
     shared, personal = package.tree("shared"), personal_leaves(method, client)
     models = {"base": Prediction(tree={}, experts=[])}
-    if shared and personal and _whole(shared):
+    if shared and personal and whole(shared):
         models["shared"] = Prediction(tree=shared, experts=[])
     if client.memory.tree("trained"):
         models["trained"] = Prediction(tree=combine(client.memory.tree("trained"), personal), experts=client.experts)
@@ -190,7 +190,7 @@ def answer_as(method: Method, client: Client, package: Bundle) -> dict[str, Pred
     return models
 
 
-def _whole(tree: Tree) -> bool:
+def whole(tree: Tree) -> bool:
     """No low-rank pair in it lacks a factor."""
     heads = {part: {key[:-2] for key in tree if key.endswith(part)} for part in (".A", ".B")}
     return heads[".A"] == heads[".B"]
