@@ -35,19 +35,19 @@ def trained(folder: Path) -> Path:
     return run("demo", out=folder / "run", overrides=overrides).folder
 
 
-def ask(url: str, model: str, question: str, tokens: int) -> tuple[str, int]:
+def ask(client: httpx.Client, model: str, question: str, tokens: int) -> tuple[str, int]:
     """An answer and its number of tokens."""
     wish = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": tokens}
-    found: dict[str, Any] = httpx.post(f"{url}/v1/chat/completions", json=wish, timeout=600).json()
+    found: dict[str, Any] = client.post("/v1/chat/completions", json=wish).json()
     return found["choices"][0]["message"]["content"], found["usage"]["completion_tokens"]
 
 
 def timed(url: str, asked: list[tuple[str, str]], tokens: int, at_once: int) -> tuple[float, list[tuple[str, int]]]:
     """Seconds for all answers with so many requests open, and the answers."""
-    start = time.perf_counter()
-    with ThreadPoolExecutor(at_once) as pool:
-        answers = list(pool.map(lambda pair: ask(url, *pair, tokens), asked))
-    return time.perf_counter() - start, answers
+    with httpx.Client(base_url=url, timeout=600) as client, ThreadPoolExecutor(at_once) as pool:
+        start = time.perf_counter()
+        answers = list(pool.map(lambda pair: ask(client, *pair, tokens), asked))
+        return time.perf_counter() - start, answers
 
 
 def measure(url: str, repeats: int, tokens: int) -> list[dict[str, Any]]:
