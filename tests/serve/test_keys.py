@@ -72,7 +72,7 @@ def test_the_command_makes_keys_and_refuses_to_serve_the_world_without(trained, 
     with opened("127.0.0.1", 0, keys=False) as taken:
         done = command("serve", folder, "--port", taken.getsockname()[1])
     assert (done.code, "Address already in use" in done.err) == (2, True)
-    assert command("serve", tmp_path / "nowhere").code == 2
+    assert command("serve", tmp_path / "nowhere", "--port", "0").code == 2
 
 
 def test_metrics_are_prometheus_text():

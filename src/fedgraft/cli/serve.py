@@ -45,22 +45,21 @@ def serve(
         from fedgraft.signals import terminating
         from fedgraft.use.load import load
 
-        sink = None if make_keys else opened(host, port, keys is not None)
-        loaded = load(folder, overrides=set_ or [])
     if make_keys is not None:
-        write(make_keys, loaded.models)
+        write(make_keys, load(folder, overrides=set_ or []).models)
         typer.echo(make_keys)
         return
-    assert sink is not None
     limits = Limits(batch=batch, queue=queue, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, grace=grace)
-    service = Service(loaded, limits)
-    server = Server(service, read_keys(keys, service.models) if keys else None, tls)
     scheme, at = "https" if tls else "http", f"[{host}]" if ":" in host else host
-    try:
-        with terminating():
-            server.run_on(sink, lambda: _say(service, f"{scheme}://{at}:{sink.getsockname()[1]}", quiet))
-    except KeyboardInterrupt:  # uvicorn passes the signal on after a graceful stop
-        raise typer.Exit(0) from None
+    with opened(host, port, keys is not None) as sink:
+        with starting(quiet):
+            service = Service(load(folder, overrides=set_ or []), limits)
+        server = Server(service, read_keys(keys, service.models) if keys else None, tls)
+        try:
+            with terminating():
+                server.run_on(sink, lambda: _say(service, f"{scheme}://{at}:{sink.getsockname()[1]}", quiet))
+        except KeyboardInterrupt:  # uvicorn passes the signal on after a graceful stop
+            raise typer.Exit(0) from None
 
 
 def _say(service: object, address: str, quiet: bool) -> None:
