@@ -19,6 +19,7 @@ LAYERS = (
     {"folders", "origin", "trouble"},
     {"recipe"},
     {"engine", "evaluation", "report", "account"},
+    {"transforms"},
     {"methods"},
     {"training", "aggregation", "selection"},
     {"grafts", "moe", "data"},
