@@ -27,6 +27,7 @@ from fedgraft.recipe import Recipe, check_values
 from fedgraft.training.client import Client, MemoryStore, Report, unheard
 from fedgraft.training.fit import NotFiniteError
 from fedgraft.training.settings import TrainingSettings
+from fedgraft.transforms.compression import compressed
 
 
 def training_of(recipe: Recipe, method: Method, clients: int) -> TrainingSettings:
@@ -102,8 +103,10 @@ class Holdings:
             ValueError: the method cannot do what it was asked to on this model.
         """
         method = settled(self.method, self.base, self.recipe.lora, list(names))
+        questions = site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends)
+        questions["train"] = compressed(self.recipe.compression, questions["train"])
         return Site(
-            questions=site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends) | {"router": _router},
+            questions=questions | {"router": _router},
             open_client=self.open,
             store=MemoryStore(self.memories),
         )

@@ -37,6 +37,7 @@ from fedgraft.report.spending import Spending
 from fedgraft.report.summary import summarise
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
+from fedgraft.transforms.compression import restored, summary_lines
 from fedgraft.tree import digest_of_digests
 from fedgraft.trouble import Stand
 
@@ -97,7 +98,7 @@ class Session:
         self.due, self.shapes = due_replies(self.method), shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
         self.engine = self.reach.engine()
         self.progress.step("model")
-        self.progress.tell(summary(self.account))
+        self.progress.tell([*summary(self.account), *summary_lines(recipe.compression, self.shapes)])
         self.server = Server(
             clients=self.reach.sites,
             seed=recipe.seed,
@@ -193,8 +194,9 @@ class Session:
 
     def _ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
         """The engine's ask; keeps each reply's facts for the record and reports progress."""
-        due = self.due.get(question, Due())
-        for reply in usable(self.engine.ask(question, packages), packages, due, self.shapes, self.lost):
+        due, heard = self.due.get(question, Due()), self.engine.ask(question, packages)
+        whole = restored(self.recipe.compression, heard, packages, self.lost) if question == "train" else heard
+        for reply in usable(whole, packages, due, self.shapes, self.lost):
             if reply.client in self.late:
                 self.progress.step(f"round {self.server.round + 1}  {reply.client}  too late")
                 continue

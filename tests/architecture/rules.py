@@ -20,6 +20,7 @@ LAYERS = (
     {"folders", "origin", "trouble"},
     {"recipe"},
     {"engine", "evaluation", "report", "account"},
+    {"transforms"},
     {"methods"},
     {"training", "aggregation", "selection"},
     {"grafts", "moe", "data"},
