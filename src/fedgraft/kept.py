@@ -1,8 +1,8 @@
 """Replies that a run keeps (`engine.keep_replies`), from which its merges can be done again without one client.
 
 Below `replies/` of the run folder lie `open.safetensors`, the state before the first round, and for each round a folder with one for every
-question that was put in it: `round-00003/0-train/<client>.safetensors`, the reply as it was merged. All is written before the commit of
-its round; a resume drops what belongs to none.
+question that was put in it: `round-00003/0-train/<client>.safetensors`, the reply as it was merged, beside the digest of the state that
+came of them. All is written before the commit of its round; a resume drops what belongs to none.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedgraft import words
+from fedgraft import files, words
 from fedgraft.aggregation.server import Reply
 from fedgraft.bundle import Bundle
 
-FOLDER, OPEN = "replies", "open"
+FOLDER, OPEN, MERGED = "replies", "open", "merged.txt"
 ROUND = re.compile(r"round-(\d{5,})")
 HEADER = 16_384  # bytes of names and figures beside the leaves of a reply, generously
 
@@ -74,8 +74,10 @@ class Kept:
         if self.wanted:
             self._place, self._asks = self._round(number), 0
 
-    def close(self) -> None:
-        """What comes now is not kept."""
+    def merged(self, state: Bundle) -> None:
+        """Note the state that the round's replies were merged to; what comes now is not kept."""
+        if self._place is not None:
+            files.write_text(self._place / MERGED, state.digest() + "\n")
         self._place = None
 
     def keeping(self, question: str, replies: Iterator[Reply]) -> Iterator[Reply]:
@@ -102,6 +104,19 @@ class Kept:
         if not self._state.is_file():
             raise ValueError(f"{self._state}: missing; restore it from a copy")
         return Bundle.load(self._state)
+
+    def refuse_other(self, number: int, state: Bundle) -> None:
+        """Let only the state pass that the replies of a round were merged to.
+
+        Raises:
+            ValueError: another one.
+        """
+        path = self._round(number) / MERGED
+        if not path.is_file() or files.read_text(path).strip() != state.digest():
+            raise ValueError(
+                f"{self.folder}: these replies do not lead to the state of the run after round {number + 1}, so some are missing or "
+                "changed; restore them from a copy"
+            )
 
     def asks(self, number: int) -> dict[int, dict[str, Path]]:
         """Of one round: number of the question in it -> client -> file of its reply; a question without replies is absent."""

@@ -233,7 +233,7 @@ class Session:
         lr = self.server.round_lr()
         self.kept.round(self.server.round)
         self.method.round(self.method, self.server, self._ask)
-        self.kept.close()
+        self.kept.merged(self.server.state)
         keep_choices(self.folder / "selection.json", self.replies)
         self.late = []
         if self.failures and not self.replies:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from fedgraft.settings import Section
 
@@ -49,4 +49,11 @@ class FlowerSettings(Section):
     """Keep every round's replies in `replies/` of the run folder, so that `fedgraft forget` can do the merges again without one client."""
 
 
-EngineSettings: TypeAlias = Annotated[InProcessSettings | SimulationSettings | FlowerSettings, Field(discriminator="name")]
+def _named(values: Any) -> Any:
+    """The kind need not be named where it is the usual one."""
+    return {"name": "inprocess", **values} if isinstance(values, dict) else values
+
+
+EngineSettings: TypeAlias = Annotated[
+    InProcessSettings | SimulationSettings | FlowerSettings, Field(discriminator="name"), BeforeValidator(_named)
+]

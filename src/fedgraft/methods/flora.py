@@ -38,6 +38,7 @@ def build(ranks: Ranks = None) -> Method:
     return Method(
         settle=on_linear_layers(settle),
         needs_mean=BY_PRODUCT,
+        merges_changes=False,
         down=dense_residuals,
         open=open_empty,
         local=around(is_residual),
