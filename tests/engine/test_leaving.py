@@ -7,6 +7,7 @@ import json
 import pytest
 
 from fedgraft import reach, runner
+from fedgraft.report.html import run_page
 from fedgraft.session import Stopped
 from tests.engine.test_flower import Watch, digests, flower
 from tests.methods.harness import ROWS
@@ -45,6 +46,7 @@ def test_what_comes_after_the_leave_is_not_merged(place, tmp_path, grid_of):
     assert [line.get("left") for line in record.rounds] == [None, [name], [name]]
     assert record.further["left"] == {name: 1}
     assert name not in record.results
+    assert f"{name} before round 2" in run_page(record)
     assert asked(grid, name) == ["train", "train"]
     assert [text for text in watch.warnings if "has left" in text] == [
         f"client {name!r} has left the federation: nothing of it is in round 2 and after"
