@@ -92,6 +92,25 @@ def test_text_is_utf8_with_or_without_a_mark_and_errors_name_the_line(tmp_path):
         files.read_text(path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")
+def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
+    """The limit stands for a full disk: a part is written, then the system refuses."""
+    import resource
+
+    path, line = tmp_path / "x.jsonl", {"text": "x" * 2000}
+    files.append_line(path, line)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.jsonl"):
+            files.append_line(path, line)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    files.append_line(path, line)
+    assert files.read_lines(path) == [line, line]
+
+
 def test_one_process_at_a_time(tmp_path):
     with files.locked(tmp_path), pytest.raises(ValueError, match="another fedgraft is running"), files.locked(tmp_path):
         pass
@@ -112,3 +131,31 @@ def test_the_lock_of_a_killed_process_is_gone_with_it(tmp_path):
         holder.wait()
         with files.locked(tmp_path):
             pass
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "deep" / "out"
+
+    def write(fail):
+        with files.whole_folder(out) as aside:
+            assert not out.exists()
+            (aside / "inner").mkdir()
+            (aside / "inner" / "x").write_text("1")
+            if fail:
+                raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        write(fail=True)
+    assert list(out.parent.iterdir()) == []
+    write(fail=False)
+    assert (out / "inner" / "x").read_text() == "1"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    with pytest.raises(ValueError, match="never overwritten"):
+        write(fail=False)
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    with files.whole_folder(tmp_path / "out") as aside:
+        (aside / "x").write_text("1")
+    assert (tmp_path / "out" / "x").is_file()

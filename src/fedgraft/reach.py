@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from fedgraft import __version__, origin
+from fedgraft.aggregation.replies import Due, usable
 from fedgraft.bundle import Bundle
 from fedgraft.data.partition import load_clients
 from fedgraft.engine.card import Card
@@ -17,6 +18,7 @@ from fedgraft.engine.inprocess import InProcess
 from fedgraft.engine.settings import EngineSettings, FlowerSettings, SimulationSettings
 from fedgraft.evaluation.unseen import held_out
 from fedgraft.grafts.graft import drawn_adapters
+from fedgraft.grafts.router import router_shapes
 from fedgraft.hosting import Holdings, HostHere
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.skeleton import skeleton
@@ -139,9 +141,10 @@ class Afar:
         drawn = drawn_adapters(self._anatomy, lora, self.recipe.seed)
         if "router" not in lora.targets:
             return drawn
-        asked = engine.asked
+        asked, due = engine.asked, Due(leaves=lambda *_: {"router": router_shapes(self._anatomy)})
         for client in self.clients:
-            for reply in engine.ask("router", {client: Bundle()}):
+            packages = {client: Bundle()}
+            for reply in usable(engine.ask("router", packages), packages, due, {}, engine.listener.lost):
                 engine.asked = asked  # it leaves no trace in the client's memory
                 return drawn | reply.bundle.tree("router")
         raise ValueError("lora.targets: no client has sent the pretrained rows of its routers to begin with; start again")

@@ -16,11 +16,12 @@ from typing import Any
 
 from fedgraft import files, origin
 from fedgraft.account.memory import workload
-from fedgraft.account.take import summary, take_account
+from fedgraft.account.take import shared_shapes, summary, take_account
 from fedgraft.aggregation import participation
+from fedgraft.aggregation.replies import Due, usable
 from fedgraft.aggregation.server import Reply
 from fedgraft.bundle import Bundle
-from fedgraft.evaluation.gather import gather, replies
+from fedgraft.evaluation.gather import due_replies, gather, replies
 from fedgraft.evaluation.knowledge import check_tasks
 from fedgraft.hosting import server_of, training_of
 from fedgraft.kept import Kept
@@ -30,9 +31,10 @@ from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
 from fedgraft.report.lines import drop_from, left_since, round_line
 from fedgraft.report.now import noting
-from fedgraft.report.progress import Progress
+from fedgraft.report.progress import Progress, reply_text
 from fedgraft.report.record import Record, keep_choices, keep_finish, write_document
 from fedgraft.report.recording import check, recording
+from fedgraft.report.spending import Spending
 from fedgraft.report.summary import summarise
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
@@ -67,8 +69,7 @@ class Session:
             ValueError: data, model, method and clients do not fit together, or clients cannot be reached.
         """
         self.recipe, self.folder, self.progress, self.stand = recipe, folder, progress, stand or Stand(folder)
-        self.run = origin.run_id(folder)
-        self.method = recipe.build_method()
+        self.run, self.method, self.spending = origin.run_id(folder), recipe.build_method(), Spending()
         check_tasks(recipe.evaluation, self.method.row_wise)
         check(recipe.record)
         self.opened = False
@@ -96,6 +97,7 @@ class Session:
         self.method = settled(self.method, anatomy, recipe.lora, sorted([*self.reach.sites, *self.reach.unseen]))
         work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
         self.account = take_account(anatomy, self.method, recipe.lora, recipe.graft, work)
+        self.due, self.shapes = due_replies(self.method), shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
         self.engine = self.reach.engine()
         self.progress.step("model")
         each, federation = self.account.bytes_up(), recipe.federation
@@ -126,6 +128,7 @@ class Session:
             raise Stopped(self.folder) from stop
         finally:
             self.progress.close()
+            self.spending.keep(self.folder, self.account.as_dict())
             leave_page(self.folder)
         return Record.load(self.folder)
 
@@ -174,6 +177,7 @@ class Session:
 
     def _begin(self, phase: str, total: int) -> None:
         self.stand.phase, self.stand.client = phase, ""
+        self.spending.begin(phase)
         self.progress.begin(phase, total)
 
     def _without(self, client: str, reason: str, after: str, word: str) -> None:
@@ -187,17 +191,13 @@ class Session:
 
     def _heard(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
         """Replies in time; each one's facts are for the record, and progress is reported."""
-        for reply in self.engine.ask(question, packages):
+        due = self.due.get(question, Due())
+        for reply in usable(self.engine.ask(question, packages), packages, due, self.shapes, self.lost):
             if reply.client in self.late:
                 self.progress.step(f"round {self.server.round + 1}  {reply.client}  too late")
                 continue
-            facts = dict(reply.bundle.facts)
-            self.replies[reply.client] = facts
-            loss = facts.get("loss")
-            note = f"round {self.server.round + 1}  {reply.client}  loss {loss:.3f}" if isinstance(loss, float) else reply.client
-            if "calibration_tokens" in facts:
-                note = f"{reply.client}  {facts['calibration_tokens']:,} calibration tokens (the paper's runs: 262,144)"
-            self.progress.step(note)
+            self.replies[reply.client] = dict(reply.bundle.facts)
+            self.progress.step(reply_text(self.server.round, reply.client, reply.bundle.facts))
             yield reply
 
     def _open(self) -> None:
@@ -261,15 +261,9 @@ class Session:
             self.replies, began = {}, time.perf_counter()
             self.engine.traffic.down = self.engine.traffic.up = 0
             self.method.finalize(self.method, self.server, self._ask)
-            keep_finish(
-                self.folder,
-                {
-                    "round": self.server.round,
-                    "seconds": round(time.perf_counter() - began, 4),
-                    "tokens": sum(facts.get("tokens", 0) for facts in self.replies.values()),
-                    **self.engine.traffic.facts,
-                },
-            )
+            tokens = sum(facts.get("tokens", 0) for facts in self.replies.values())
+            told = {"round": self.server.round, "seconds": round(time.perf_counter() - began, 4), "tokens": tokens}
+            keep_finish(self.folder, {**told, **self.engine.traffic.facts})
             self._commit(finalized=self.server.round)
 
     def _commit(self, **further: Any) -> None:

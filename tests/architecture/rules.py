@@ -10,8 +10,9 @@ from pathlib import PurePath
 # Highest layer first. A module imports from lower rows, from its own part (cli, runner, grafts, ...), and within its row as BESIDE says.
 LAYERS = (
     {"cli"},
+    {"serve"},
     {"deployment"},
-    {"rehearsal", "checkup"},
+    {"rehearsal", "checkup", "use"},
     {"runner", "starter", "sweep", "forgetting"},
     {"session"},
     {"reach"},  # how a run gets at its clients
@@ -32,7 +33,14 @@ BESIDE = {
     "files": {"signals"},
 }
 # Foreign packages that only some parts may import; TYPES_ONLY names parts that may do so under `if TYPE_CHECKING:`.
-OWNERS = {"flwr": {"engine"}, "ray": {"engine"}, "peft": {"grafts"}, "transformers": {"moe"}}
+OWNERS = {
+    "flwr": {"engine"},
+    "ray": {"engine"},
+    "peft": {"grafts"},
+    "transformers": {"moe", "use"},
+    "fastapi": {"serve"},
+    "uvicorn": {"serve"},
+}
 TYPES_ONLY = {"flwr": {"deployment"}, "transformers": {"data", "evaluation", "account"}}
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}

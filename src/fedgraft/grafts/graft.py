@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedgraft.grafts.expert_lora import ExpertPairs, expert_shapes
-from fedgraft.grafts.lora import LoraSettings, LowRank, Shapes, chosen_projections, fresh_pairs, low_rank_shapes
+from fedgraft.grafts.lora import LoraSettings, LowRank, Pairs, Shapes, Terms, chosen_projections, fresh_pairs, low_rank_shapes
 from fedgraft.grafts.router import RouterRows, router_shapes
-from fedgraft.grafts.side_expert import GraftSettings, Mixture, SeeGate, SideExperts
+from fedgraft.grafts.rows import FittedRows, Rows
+from fedgraft.grafts.side_expert import GraftSettings, Mixture, SeeGate, Side, SideExperts
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.load import Base
 from fedgraft.moe.projections import Projection
@@ -21,6 +24,24 @@ from fedgraft.tree import Tree, digest
 PROBE_TOKENS = 16
 Experts = list[list[int]]
 """Source expert of every graft, [L][r]; empty when a client has no graft."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A client's leaves at their places, so that they can be put in use again without being looked up; without any it is the base."""
+
+    low_rank: dict[str, Terms] = field(default_factory=dict)
+    """By head of the addresses: what is added to the linear layer there."""
+    router: dict[int, Tensor] = field(default_factory=dict)
+    """By layer: the router's rows."""
+    experts: dict[int, dict[int, Pairs]] = field(default_factory=dict)
+    """By layer and expert: the pairs on it."""
+    sides: dict[int, list[Side]] = field(default_factory=dict)
+    """By layer: its grafts."""
+
+
+FIELDS: dict[type, str] = {LowRank: "low_rank", RouterRows: "router", ExpertPairs: "experts", SideExperts: "sides"}
+"""What holds leaves in use -> the field of `Fitted` that keeps them."""
 
 
 class GraftedModel:
@@ -47,6 +68,7 @@ class GraftedModel:
             self._pairs |= expert_shapes(base, lora)
             self._adapters.append(ExpertPairs(base, lora))
         self._side = SideExperts(base, graft, lora)
+        self._named: dict[str, Any] = {FIELDS[type(part)]: part for part in (*self._adapters, self._side)}
         _check_they_run(base, chosen_projections(base, lora.targets))
 
     def fresh_adapters(self, seed: int) -> Tree:
@@ -82,6 +104,28 @@ class GraftedModel:
             for adapter in self._adapters:
                 adapter.put({})
             self._side.put({}, [])
+
+    def fitted(self, tree: Mapping[str, Tensor], experts: Experts) -> Fitted:
+        """What `using` looks up, for `put`. Of a quantised or offloaded base it holds copies of the source experts.
+
+        Raises:
+            ValueError: as `using`.
+        """
+        with self.using(tree, experts):
+            return Fitted(**{name: part._active for name, part in self._named.items()})
+
+    def put(self, fitted: Fitted | FittedRows) -> None:
+        """Predict with these leaves from here on, in a few microseconds; a block of `using` that ends puts the base in their place."""
+        for name, part in self._named.items():
+            part._active = getattr(fitted, name)
+
+    def side_by_side(self, clients: Sequence[Fitted]) -> Rows:
+        """Leaves of several clients, for batches whose rows are each predicted with those of their own client.
+
+        Raises:
+            ValueError: as `Rows`.
+        """
+        return Rows(clients, self.graft_settings, self.lora_settings)
 
     def watching_gates(self, see: SeeGate) -> AbstractContextManager[None]:
         """Call `see` with the gate values of every graft in use, in every forward inside the block."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,13 @@ class Terms:
         return total.to(output.dtype)
 
 
+class Added(Protocol):
+    """Something that is added to the output of one linear layer: a client's terms, or those of several for rows of their own."""
+
+    def add(self, output: Tensor, inputs: Tensor, settings: LoraSettings, training: bool) -> Tensor:
+        """Output [..., out] of the layer for inputs [..., in] with all that is added."""
+
+
 class LowRank:
     """Low-rank terms on the chosen linear layers, added where their outputs leave; without leaves in use the layers run untouched.
 
@@ -86,13 +93,13 @@ class LowRank:
         self.settings = settings
         paths = {_head(projection): projection.path for projection in chosen_projections(anatomy, settings.targets)}
         self.heads = list(paths)
-        self._active: dict[str, Terms] = {}
+        self._active: dict[str, Added] = {}
         for head, path in paths.items():
             anatomy.model.get_submodule(path).register_forward_hook(self._hook(head))
 
     def put(self, tree: Mapping[str, Tensor]) -> set[str]:
         """Use the factors of `tree` and return their addresses; a pair that it lacks is switched off. Pointer work, nothing is copied."""
-        self._active, used, mix = {}, set[str](), tree.get(address.MIX)
+        self._active, used, mix = dict[str, Added](), set[str](), tree.get(address.MIX)
         for head in self.heads:
             second, residual = address.own(head), f"{head}.residual"
             pairs = {place: pair for place in (head, second) if (pair := _factors(tree, place))}

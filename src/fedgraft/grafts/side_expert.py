@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Protocol, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedgraft import address
 from fedgraft.grafts.lora import LoraSettings, Pairs, Shapes, fresh_pairs, pair_shapes
-from fedgraft.moe.expert import Expert
+from fedgraft.moe.expert import Expert, Projected
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.site import Arguments, Site, add_to_output
 from fedgraft.moe.weights import compute_device
@@ -96,6 +96,18 @@ class Side:
     """g [H]; None without a gate."""
     bias: Tensor | None
 
+    @property
+    def down(self) -> Tensor:
+        """The weights [H, I] of the down projection: the leaves' own where they have them, else the source's."""
+        return self.leaves.get("down.weight", self.source.down)
+
+
+class Mixed(Protocol):
+    """Grafts of several clients, each in use for rows of its own."""
+
+    def added(self, site: Site, call: Arguments) -> Tensor:
+        """What is added to the routed output [T, H]."""
+
 
 class SideExperts:
     """The hooks on every MoE layer; without leaves in use they return the routed output untouched."""
@@ -107,7 +119,7 @@ class SideExperts:
             ValueError: `form` is `in_place` and the experts' outputs are not what the router's weights act on.
         """
         self.anatomy, self.graft, self.lora = anatomy, graft, lora
-        self._active: dict[int, list[Side]] = {}
+        self._active: dict[int, Sequence[Side | Mixed]] = {}
         self._see_gate: SeeGate | None = None
         for site in anatomy.sites if graft.form == "in_place" else ():
             if not site.replaceable:
@@ -198,11 +210,16 @@ class SideExperts:
             if not sides:
                 return None
             for side in sides:
-                add = self._in_place if self.graft.form == "in_place" else self._gated
-                output = add_to_output(output, add(site, side, (args, kwargs)))
+                output = add_to_output(output, self._added(site, side, (args, kwargs)))
             return output
 
         return hook
+
+    def _added(self, site: Site, side: Side | Mixed, call: Arguments) -> Tensor:
+        """What a graft adds to the routed output [T, H]."""
+        if not isinstance(side, Side):
+            return side.added(site, call)
+        return (self._in_place if self.graft.form == "in_place" else self._gated)(site, side, call)
 
     def _gated(self, site: Site, side: Side, call: Arguments) -> Tensor:
         """sigmoid(g.x) E_g(x) [T, H], or sigmoid(g.x) (E_g(x) - E_e(x)) in the preserving form; without a gate its weight is 1."""
@@ -236,10 +253,17 @@ class SideExperts:
         source, leaves = side.source, side.leaves
         if "down.weight" not in leaves:
             return Pairs(leaves, self.lora).run(source, x, self.anatomy.model.training)
-        gate = F.linear(x, leaves["gate.weight"].to(x.dtype), source.gate_bias) if "gate.weight" in leaves else None
-        up = F.linear(x, leaves["up.weight"].to(x.dtype), source.up_bias)
-        hidden = source.activate(gate, up)
-        return F.linear(hidden, leaves["down.weight"].to(hidden.dtype), source.down_bias)
+        hidden = source.activate(*projected(side, x))
+        return F.linear(hidden, side.down.to(hidden.dtype), source.down_bias)
+
+
+def projected(side: Side, x: Tensor) -> Projected:
+    """(gate, up) of a graft without its low-rank terms: by the leaves' own weights where they have them, else by the source's."""
+    source, leaves = side.source, side.leaves
+    if "up.weight" not in leaves:
+        return source.project(x)
+    gate = F.linear(x, leaves["gate.weight"].to(x.dtype), source.gate_bias) if "gate.weight" in leaves else None
+    return gate, F.linear(x, leaves["up.weight"].to(x.dtype), source.up_bias)
 
 
 def side_shapes(anatomy: Anatomy, graft: GraftSettings, lora: LoraSettings, further: int = 0) -> Shapes:
