@@ -13,11 +13,11 @@ LAYERS = (
     {"serve"},
     {"deployment"},
     {"rehearsal", "checkup", "use"},
-    {"runner", "starter", "sweep"},
+    {"runner", "starter", "sweep", "forgetting"},
     {"session"},
     {"reach"},  # how a run gets at its clients
     {"hosting"},  # rows, base and memories of one process, for the run itself or behind an engine
-    {"folders", "origin", "trouble"},
+    {"folders", "origin", "trouble", "kept"},
     {"recipe"},
     {"engine", "evaluation", "report", "account"},
     {"transforms"},

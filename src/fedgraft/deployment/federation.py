@@ -72,6 +72,10 @@ class Federation:
         """Name -> public key of every site that is let in."""
         return {path.stem: path.read_bytes() for path in sorted((self.folder / "sites").glob("*.pub"))}
 
+    def admits(self, site: str) -> bool:
+        """Whether a site of this name is let in; without keys anybody is."""
+        return self.settings.insecure or (self.folder / "sites" / f"{site}.pub").is_file()
+
     def bundle(self, site: str) -> Path:
         """The folder that is to be carried to a site."""
         return self.folder / "bundles" / site

@@ -238,6 +238,8 @@ class Method:
     """Rows are predicted in ways of their own, by their prompts: its `Prediction` has `shares`."""
     needs_mean: str = ""
     """Why its replies must be averaged; empty: `federation.merge` may set another rule in the place of a mean."""
+    merges_changes: bool = True
+    """Its merge takes what each client has changed of its package; else whole leaves, which hold what the client started from."""
     settle: Callable[[Method, Surroundings], Method] = as_built
     open: ServerHalf = open_run
     round: ServerHalf = federated_round
