@@ -217,18 +217,27 @@ def test_a_full_queue_is_told_and_who_leaves_makes_room(serving):
     until(lambda: not server.service.scheduler._running)
 
 
-def test_a_stop_lets_answers_end_and_refuses_the_rest(serving):
+def test_a_stop_lets_answers_end_and_refuses_the_rest(serving, monkeypatch):
     server = serving(batch=1)
+    scheduler, forward, told = server.service.scheduler, server.service.loaded.model.forward, threading.Event()
+
+    def waits(*args, **kwargs):
+        assert told.wait(30)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(server.service.loaded.model, "forward", waits)
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(server.post, json={"model": "base", "messages": asked(), "max_tokens": 60, "temperature": 0})
-        until(lambda: server.service.scheduler._running)
+        until(lambda: scheduler._running)
         waiting = pool.submit(server.post, json={"model": "base", "messages": asked()})
-        until(lambda: server.service.scheduler._waiting)
+        until(lambda: scheduler._waiting)
         server.server.should_exit = True
+        until(lambda: scheduler._closing)
+        told.set()
         assert (waiting.result().status_code, waiting.result().json()["error"]["code"]) == (503, "stopping")
         assert running.result().status_code == 200
     with pytest.raises(Refusal, match="stopping"):
-        server.service.scheduler.submit([])
+        scheduler.submit([])
 
 
 def test_an_answer_that_outlasts_the_grace_is_given_up(serving):

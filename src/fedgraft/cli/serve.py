@@ -37,6 +37,7 @@ def serve(
         if find_spec(package) is None:
             raise ValueError(f"serving needs {package}; install it with: pip install 'fedgraft[serve]'")
     with starting(quiet):
+        from fedgraft.deployment.federation import joined
         from fedgraft.serve.keys import make_keys as write
         from fedgraft.serve.keys import read_keys
         from fedgraft.serve.limits import Limits
@@ -50,14 +51,14 @@ def serve(
         typer.echo(make_keys)
         return
     limits = Limits(batch=batch, queue=queue, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, grace=grace)
-    scheme, at = "https" if tls else "http", f"[{host}]" if ":" in host else host
+    scheme = "https" if tls else "http"
     with opened(host, port, keys is not None) as sink:
         with starting(quiet):
             service = Service(load(folder, overrides=set_ or []), limits)
         server = Server(service, read_keys(keys, service.models) if keys else None, tls)
         try:
             with terminating():
-                server.run_on(sink, lambda: _say(service, f"{scheme}://{at}:{sink.getsockname()[1]}", quiet))
+                server.run_on(sink, lambda: _say(service, f"{scheme}://{joined(host, sink.getsockname()[1])}", quiet))
         except KeyboardInterrupt:  # uvicorn passes the signal on after a graceful stop
             raise typer.Exit(0) from None
 

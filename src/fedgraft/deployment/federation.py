@@ -218,8 +218,8 @@ def running(federation: Federation) -> psutil.Process | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address stays within the machine."""
-    if host == "localhost":
+    """Whether a name or address is this machine's own."""
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -205,7 +205,7 @@ class Method:
     """A federated method; the defaults are FedAvg on the attention LoRA."""
 
     places: frozenset[str] = frozenset({"adapters"})
-    """Where it has leaves: `attention`, `side`."""
+    """Where it has leaves: `adapters`, `side`."""
     leaves: Callable[[Shapes], Shapes] = unchanged
     """What it trains and keeps, of the leaves at its places."""
     personal: Predicate = nothing

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fedgraft.deployment.federation import is_loopback
 from fedgraft.serve.keys import Ring
 from fedgraft.serve.refusal import Refusal
 
@@ -79,14 +79,6 @@ class Gate:
     @property
     def _too_large(self) -> str:
         return f"The request is larger than {self.body_bytes} bytes."
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine's own."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _host(header: str) -> str:

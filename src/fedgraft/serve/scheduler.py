@@ -47,8 +47,9 @@ class Scheduler:
     """The queue and the batch. All methods may be called from any thread."""
 
     def __init__(self, loaded: Loaded, limits: Limits, metrics: Metrics) -> None:
-        """Needs `start`."""
+        """Needs `start`. A forward shows here, and not once requests have come, whether the model runs."""
         self.loaded, self.limits, self.metrics = loaded, limits, metrics
+        self._batch = Batch(loaded, limits.batch)
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
         self._changed = threading.Condition()
@@ -101,20 +102,20 @@ class Scheduler:
         self._thread.join(timeout)
 
     def _work(self) -> None:
-        batch = Batch(self.loaded, self.limits.batch)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._running or self._closing)
                 if self._aborting or (self._closing and not self._running):
                     break
-                joining = self._next(batch)
+                joining = self._next()
                 self._running |= {id(job.answer): job for job in joining}
-            self._advance(batch, joining)
+            self._advance(joining)
         _fail(list(self._running.values()), Refusal(503, "The server has stopped.", "stopping"))
         self._running.clear()
 
-    def _advance(self, batch: Batch, joining: Sequence[Job]) -> None:
+    def _advance(self, joining: Sequence[Job]) -> None:
         """Read prompts or write one token each; then tell whoever waits."""
+        batch = self._batch
         try:
             if joining:
                 batch.join([job.answer for job in joining])
@@ -123,7 +124,7 @@ class Scheduler:
                     self.metrics.add("waiting_seconds_total", time.monotonic() - job.asked)
             elif batch.answers:
                 batch.step()
-        except Exception:
+        except Exception:  # whatever it is, those who wait must hear of it, and the next batch may do
             logging.getLogger(__name__).exception("a batch of %d answers failed", len(self._running))
             _fail(list(self._running.values()), Refusal(500, "The server failed in the middle of this answer.", "failed"))
             batch.leave(batch.answers)
@@ -152,12 +153,12 @@ class Scheduler:
         elif news:
             job.tell(Told(news))
 
-    def _next(self, batch: Batch) -> list[Job]:
+    def _next(self) -> list[Job]:
         """Those that join now, first come first served: as many as there is room for, of one model where models can't be mixed."""
         found: list[Job] = []
         models = {job.wish.client for job in self._running.values()}
         longest = 0
-        while self._waiting and len(found) < batch.room:
+        while self._waiting and len(found) < self._batch.room:
             job = self._waiting[0]
             longest = max(longest, len(job.wish.prompt))
             if found and longest * (len(found) + 1) > self.limits.prefill_tokens:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import uvicorn
 
+from fedgraft.deployment.federation import is_loopback
 from fedgraft.serve.app import make_app
-from fedgraft.serve.gate import is_loopback
 from fedgraft.serve.keys import Ring
 from fedgraft.serve.service import Service
 
