@@ -38,7 +38,7 @@ from fedgraft.report.spending import Spending
 from fedgraft.report.summary import summarise
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
-from fedgraft.transforms.compression import restored, summary_lines
+from fedgraft.transforms.compression import restored, summary_lines, widening
 from fedgraft.tree import digest_of_digests
 from fedgraft.trouble import Stand
 
@@ -101,7 +101,7 @@ class Session:
         self.due, self.shapes = due_replies(self.method), shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
         self.engine = self.reach.engine()
         self.progress.step("model")
-        each, federation = self.account.bytes_up(), recipe.federation
+        each, federation = self.account.bytes_up() * widening(recipe.compression), recipe.federation
         keeps = self.kept.plan(each, federation.clients_of(len(self.reach.sites)), federation.rounds)
         self.progress.tell([*summary(self.account), *summary_lines(recipe.compression, self.shapes), *keeps])
         self.server = server_of(recipe, self.training, self.reach.sites, self.reach.fresh_adapters)

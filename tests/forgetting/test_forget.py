@@ -197,3 +197,20 @@ def test_too_few_replies_for_the_merge_are_told(world, tmp_path):  # noqa: F811
     done = forget(folder, "garden")
     assert "too few replies in round 1" in done.notes[0]
     assert state(done.redone).digest() == Bundle.load(folder / "replies" / "open.safetensors").digest()
+
+
+def test_coded_replies_are_kept_whole_within_the_forecast_and_merged_again(world, tmp_path, monkeypatch):  # noqa: F811
+    """They are in float64, twice what they would take without coding."""
+    plan, planned = Kept.plan, []
+
+    def planning(kept, *sizes):
+        planned.append(kept)
+        return plan(kept, *sizes)
+
+    monkeypatch.setattr(Kept, "plan", planning)
+    monkeypatch.setattr("fedgraft.kept.HEADER", 4096)
+    folder = go(world, tmp_path / "run", compression={"name": "int8"}, federation={"rounds": 1}, lora={"rank": 64})
+    sizes = [path.stat().st_size for path in (folder / "replies").glob("round-*/*/*.safetensors")]
+    assert len(sizes) == 3
+    assert planned[0].most / 2 < sum(sizes) <= planned[0].most
+    assert forget(folder, "garden", out=tmp_path / "new").redone is not None

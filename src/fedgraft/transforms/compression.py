@@ -179,6 +179,11 @@ def summary_lines(settings: CompressionSettings, shapes: Mapping[str, tuple[int,
     return [("", f"sent up as {settings.name}: {size(sum(settings.bytes_of(math.prod(shape)) for shape in shapes.values()))}")]
 
 
+def widening(settings: CompressionSettings) -> int:
+    """Bytes of a reply's leaves at the coordinator, where a change is added in float64, for each byte that they have in fp32."""
+    return 1 if isinstance(settings, NoCompression) else 2
+
+
 def compressed(settings: CompressionSettings, question: Question) -> Question:
     """The client's half: `question` with a coded reply."""
     if isinstance(settings, NoCompression):
