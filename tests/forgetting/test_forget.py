@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 
+from fedgraft import plugins
 from fedgraft.bundle import Bundle
 from fedgraft.forgetting.forget import NOTE, forget
+from fedgraft.forgetting.redo import refuse
 from fedgraft.kept import Kept
 from fedgraft.report.record import Record
 from fedgraft.runner import resume, run
@@ -189,6 +191,17 @@ def test_what_cannot_be_undone_is_said(world, tmp_path, command, sections, why):
     assert "Still there: its contributions of 1 rounds (1) in the merged leaves" in done.out
     assert "--delete would delete there: clients/garden" in done.out
     assert json.loads(command("forget", folder, "--client", "garden", "--json").out)["redone"] is None
+
+
+def test_methods_whose_replies_are_no_changes_are_refused_and_no_others():
+    """By the papers: these merge the clients' factors or products whole, or hold all rows at one site."""
+    refused = set()
+    for name in plugins.names("method"):
+        try:
+            refuse(plugins.load("method", name).build())
+        except ValueError:
+            refused.add(name)
+    assert refused == {"flora", "flexlora", "fedex_lora", "hetlora", "centralised"}
 
 
 def test_too_few_replies_for_the_merge_are_told(world, tmp_path):  # noqa: F811

@@ -15,7 +15,9 @@ import torch
 
 import fedgraft
 from fedgraft.serve.keys import make_keys, read_keys
+from fedgraft.serve.limits import Limits
 from fedgraft.serve.refusal import Refusal
+from fedgraft.serve.service import Service
 
 QUESTION = "How many boats on day 3?"
 LONG = {"max_tokens": 800, "temperature": 0}
@@ -267,6 +269,17 @@ def test_a_failing_batch_is_told_and_the_next_goes_on(serving, monkeypatch, capl
     assert "no memory" in caplog.text
     broken.clear()
     assert server.post(json=wish).status_code == 200
+
+
+def test_a_model_that_does_not_run_is_noticed_before_requests_come(trained, monkeypatch):
+    with fedgraft.load(trained("flex").folder) as loaded:
+
+        def fails(*args, **kwargs):
+            raise RuntimeError("no memory")
+
+        monkeypatch.setattr(loaded.model, "forward", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            Service(loaded, Limits())
 
 
 def test_models_that_can_t_be_mixed_take_turns(serving):
