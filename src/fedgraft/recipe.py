@@ -26,6 +26,7 @@ from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.transforms.compression import CompressionSettings, NoCompression, check_compression
+from fedgraft.transforms.privacy import NoPrivacy, PrivacySettings, check_privacy
 from fedgraft.yaml_text import read_value, read_yaml
 
 METHOD_SECTIONS = frozenset({"lora", "graft", "selection"})
@@ -55,6 +56,7 @@ class Recipe(Section):
     selection: SelectionSettings = SelectionSettings()
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
+    privacy: PrivacySettings = NoPrivacy()
     compression: CompressionSettings = NoCompression()
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: EngineSettings = InProcessSettings()
@@ -88,6 +90,7 @@ class Recipe(Section):
         assert isinstance(method, Method)
         method = self._with_merge(method)
         check_compression(self.compression, method, self.method.name)
+        check_privacy(self, method, self.method.name)
         for key in ("dropout", "deadline", "join") if method.pooled else ():
             if getattr(self.federation, key) != FederationSettings.model_fields[key].default:
                 raise ValueError(f"federation.{key}: method {self.method.name!r} pools the rows, so no client can be missing; remove it")

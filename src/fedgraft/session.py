@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,19 @@ from fedgraft.evaluation.knowledge import check_tasks
 from fedgraft.hosting import server_of, training_of
 from fedgraft.kept import Kept
 from fedgraft.methods.method import settled
-from fedgraft.reach import Connect, connecting
+from fedgraft.reach import Connect, connecting, promise
 from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
-from fedgraft.report.lines import drop_from, left_since, round_line
+from fedgraft.report.lines import drop_from, round_line, tokens_of
 from fedgraft.report.now import noting
 from fedgraft.report.progress import Progress, reply_text
-from fedgraft.report.record import Record, keep_choices, keep_finish, write_document
+from fedgraft.report.record import Record, keep_choices, keep_finish
 from fedgraft.report.recording import check, recording
+from fedgraft.report.results import write_results
 from fedgraft.report.spending import Spending
-from fedgraft.report.summary import summarise
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
 from fedgraft.transforms.compression import restored, summary_lines, widening
-from fedgraft.tree import digest_of_digests
 from fedgraft.trouble import Stand
 
 
@@ -96,26 +94,29 @@ class Session:
         self.progress.step(f"data; next the base model {recipe.model.name}")
         anatomy = self.reach.anatomy()
         self.method = settled(self.method, anatomy, recipe.lora, sorted([*self.reach.sites, *self.reach.unseen]))
+        self.guarantee = promise(recipe, self.folder, self.reach, self.training.steps)
         work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
         self.account = take_account(anatomy, self.method, recipe.lora, recipe.graft, work)
-        self.due, self.shapes = due_replies(self.method), shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
+        self.due = due_replies(self.method, self.guarantee.due)
+        self.shapes = shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
         self.engine = self.reach.engine()
         self.progress.step("model")
         each, federation = self.account.bytes_up() * widening(recipe.compression), recipe.federation
         keeps = self.kept.plan(each, federation.clients_of(len(self.reach.sites)), federation.rounds)
-        self.progress.tell([*summary(self.account), *summary_lines(recipe.compression, self.shapes), *keeps])
-        self.server = server_of(recipe, self.training, self.reach.sites, self.reach.fresh_adapters)
+        sent = [*self.guarantee.lines(), *summary_lines(recipe.compression, self.shapes)]
+        self.progress.tell([*summary(self.account), *sent, *keeps])
+        self.server = server_of(recipe, self.training, self.reach.sites, self.reach.fresh_adapters, self.guarantee.sampling_seed)
+        self.method = self.guarantee.protect(self.method)
 
     def go(self) -> Record:
         """From wherever the run stands to its end."""
-        with noting(self.progress, self.folder) as self.progress, self._recording() as self.tell_recorders:
+        recorders, folder = (self.recipe.record, self.folder, self.recipe.complete()), self.folder
+        with noting(self.progress, folder) as self.progress, recording(*recorders, self.progress.warn) as self.tell_recorders:
             return self._go()
-
-    def _recording(self) -> AbstractContextManager[Callable[[], None]]:
-        return recording(self.recipe.record, self.folder, self.recipe.complete(), self.progress.warn)
 
     def _go(self) -> Record:
         try:
+            self.guarantee.begin()
             if not self.opened:
                 self._open()
             left = range(self.server.round, self.recipe.federation.rounds)
@@ -250,6 +251,7 @@ class Session:
             simulated=part.facts(self.training.least_steps is not None),
             failures=self.failures,
             left=self._leaving(),
+            privacy=self.guarantee.spent(self.server.round + 1, self.server.state.facts),
         )
         with deferred():
             files.append_line(self.folder / "rounds.jsonl", line)
@@ -263,8 +265,7 @@ class Session:
             self.replies, began = {}, time.perf_counter()
             self.engine.traffic.down = self.engine.traffic.up = 0
             self.method.finalize(self.method, self.server, self._ask)
-            tokens = sum(facts.get("tokens", 0) for facts in self.replies.values())
-            told = {"round": self.server.round, "seconds": round(time.perf_counter() - began, 4), "tokens": tokens}
+            told = {"round": self.server.round, "seconds": round(time.perf_counter() - began, 4), "tokens": tokens_of(self.replies)}
             keep_finish(self.folder, {**told, **self.engine.traffic.facts})
             self._commit(finalized=self.server.round)
 
@@ -278,17 +279,19 @@ class Session:
     def _evaluate(self) -> None:
         """Measure every client's models, then write results and digests."""
         settings, reach = self.recipe.evaluation, self.reach
-        self._begin("evaluation", replies(len(reach.clients), len(reach.unseen), settings))
+        clients, unseen = (reach.clients, reach.unseen) if self.guarantee.measured else ([], [])
+        self._begin("evaluation", replies(len(clients), len(unseen), settings))
         asked = self.engine.asked
-        results = gather(self.method, self.server, self._ask, reach.clients, reach.unseen, settings)
+        results = gather(self.method, self.server, self._ask, clients, unseen, settings)
         self.engine.asked = asked  # evaluation leaves no trace in memories, so it can be repeated
         store = self.engine.store
-        digests = {name: store.load(name, asked).digest() for name in self.reach.sites} if store is not None else {}
-        state = self.server.state.digest()
-        write_document(self.folder / "digest.json", {"state": state, "clients": digests})
-        files.write_text(self.folder / "digest.txt", digest_of_digests([state, *(digests[name] for name in sorted(digests))]) + "\n")
-        overall = summarise(results["clients"], self.recipe.seed, settings.resamples)
-        left = left_since(files.read_lines(self.folder / "rounds.jsonl"), self.engine.left.intersection(reach.sites), self.server.round)
-        results = {"rounds": self.server.round, **results, "summary": overall, **({"left": left} if left else {})}
-        write_document(self.folder / "results.json", results)  # comes last: with it the run is finished
+        write_results(
+            self.folder,
+            results | self.guarantee.result(self.server.round, self.server.state.facts),
+            state=self.server.state,
+            clients={name: store.load(name, asked).digest() for name in reach.sites} if store is not None else {},
+            left=self.engine.left.intersection(reach.sites),
+            seed=self.recipe.seed,
+            resamples=settings.resamples,
+        )
         self.tell_recorders()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -29,6 +29,7 @@ FACTS = (
     "models",
     "expert_figures",
     "unseen",
+    "within",
 )
 OWN_MODEL = frozenset({"name", "revision", "offline", "device", "device_map", "max_memory", "offload"})
 OWN_DATA = frozenset({"dataset", "path", "partition", "clients", "categories", "alpha", "overlap"})
@@ -37,10 +38,12 @@ Count: TypeAlias = Annotated[int, Field(ge=1)]
 
 
 class PrivacySettings(Section):
-    """Protection that a run must have before this site takes part."""
+    """Differential privacy that a run must have before this site takes part."""
 
+    name: Literal["client", "examples"] = "client"
+    """Of which kind, as in the recipe's `privacy`."""
     clip: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Largest norm that an update may be clipped to."""
+    """Largest norm that a contribution may be clipped to."""
     noise: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Smallest noise multiplier."""
 

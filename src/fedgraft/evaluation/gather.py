@@ -42,11 +42,11 @@ def site_questions(method: Method, settings: EvaluationSettings, folder: Path, l
     return {name: without_test_rows(question) for name, question in (questions(method) | measuring).items()}
 
 
-def due_replies(method: Method) -> Mapping[str, Due]:
-    """What the reply to each question must hold; one to any other question holds no leaves."""
+def due_replies(method: Method, trained: tuple[str, ...] = ("examples",)) -> Mapping[str, Due]:
+    """What the reply to each question must hold, that to `train` the facts `trained`; one to any other question holds no leaves."""
     return {
         "graft": Due(leaves=method.grown),
-        "train": Due(leaves=method.sent, facts=("examples",)),
+        "train": Due(leaves=method.sent, facts=trained),
         "evaluate": Due(facts=("models",)),
         "evaluate_unseen": Due(facts=("unseen",)),
         "lend": Due(leaves=any_leaves),

@@ -23,6 +23,7 @@ def round_line(
     simulated: Mapping[str, Any],
     failures: Mapping[str, str],
     left: Collection[str],
+    privacy: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The line of a finished round.
 
@@ -35,6 +36,7 @@ def round_line(
         simulated: what the recipe had happen.
         failures: client -> why it has no reply.
         left: clients that have withdrawn, nothing of which is in this round.
+        privacy: what all rounds up to this one have spent.
     """
     clients = {name: {key: facts[key] for key in TOLD if key in facts} for name, facts in replies.items()}
     return {
@@ -42,12 +44,13 @@ def round_line(
         "lr": lr,
         "loss": _mean_loss(clients),
         "seconds": round(seconds, 4),
-        "tokens": _tokens(clients),
+        "tokens": tokens_of(clients),
         **traffic,
         "clients": clients,
         **({"simulated": dict(simulated)} if simulated else {}),
         **({"failed": dict(failures)} if failures else {}),
         **({"left": sorted(left)} if left else {}),
+        **({"privacy": dict(privacy)} if privacy else {}),
     }
 
 
@@ -56,7 +59,7 @@ def line_without(line: Mapping[str, Any], client: str) -> dict[str, Any]:
     found = dict(line)
     if client in line["clients"]:
         clients = {name: facts for name, facts in line["clients"].items() if name != client}
-        found |= {"loss": _mean_loss(clients), "tokens": _tokens(clients), "clients": clients}
+        found |= {"loss": _mean_loss(clients), "tokens": tokens_of(clients), "clients": clients}
     for key in ("failed", "left"):
         if key in line and not (found.update({key: without(line[key], client)}) or found[key]):
             del found[key]
@@ -105,5 +108,7 @@ def _mean_loss(clients: Mapping[str, Mapping[str, Any]]) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
-def _tokens(clients: Mapping[str, Mapping[str, Any]]) -> int:
-    return sum(facts.get("tokens", 0) for facts in clients.values())
+def tokens_of(clients: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """Tokens that all of them together tell of; None where they have trained and none tells."""
+    told = [facts["tokens"] for facts in clients.values() if "tokens" in facts]
+    return sum(told) if told or not clients else None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,16 @@ GradientHook: TypeAlias = Callable[[Mapping[str, Tensor]], None]
 """Sees the trained leaves when a step's gradients are complete, and may change the gradients in place (SCAFFOLD, ...)."""
 StepReport: TypeAlias = Callable[[int, int, float], None]
 """(optimiser steps done, steps in all, loss of the last one), for people who wait."""
+
+
+class RowGradients(Protocol):
+    """Stands between the gradients of single rows and the optimiser (DP-SGD)."""
+
+    def take(self, leaves: Mapping[str, Tensor]) -> None:
+        """The gradients are those of one row's mean loss; takes them away."""
+
+    def give(self, leaves: Mapping[str, Tensor]) -> None:
+        """Puts the gradients of the whole step in their place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +70,7 @@ def fit(
     on_gradients: GradientHook | None = None,
     moments: Mapping[str, Tree] | None = None,
     report: StepReport = lambda done, total, loss: None,
+    by_rows: RowGradients | None = None,
 ) -> Fit:
     """Train a copy of the leaves `trained` with AdamW; `fixed` leaves are in use but not changed.
 
@@ -76,6 +87,7 @@ def fit(
         on_gradients: called once per optimiser step, before clipping.
         moments: AdamW's state from an earlier call, to continue with.
         report: hears of every finished step.
+        by_rows: every part is one row, and all rows count the same; a step may have none.
 
     Raises:
         NotFiniteError: the loss or its gradient became NaN or infinite; nothing is returned, so the caller's leaves stand.
@@ -88,7 +100,7 @@ def fit(
     began, total, tokens = time.perf_counter(), 0.0, 0
     with _training(model, settings), seeds.torch_default(seed), model.using(combine(leaves, fixed or {}), experts):
         for done, parts in enumerate(steps, start=1):
-            loss = _step(model, parts, settings, leaves, penalty)
+            loss = _step(model, parts, settings, leaves, penalty, by_rows)
             if on_gradients is not None:
                 on_gradients(leaves)
             norm = float(torch.nn.utils.clip_grad_norm_([leaves[key] for key in order], settings.clip, foreach=True))
@@ -111,28 +123,46 @@ def autocast(precision: str, device: torch.device) -> Any:
 
 
 def _step(
-    model: GraftedModel, parts: Sequence[Batch], settings: TrainingSettings, leaves: Mapping[str, Tensor], penalty: Penalty | None
+    model: GraftedModel,
+    parts: Sequence[Batch],
+    settings: TrainingSettings,
+    leaves: Mapping[str, Tensor],
+    penalty: Penalty | None,
+    by_rows: RowGradients | None,
 ) -> float:
-    """Gradients of one optimiser step; returns its mean response loss. Parts are weighted by their response tokens."""
+    """Gradients of one optimiser step; returns its mean response loss.
+
+    Parts are weighted by their response tokens, rows alike.
+    """
     count = max(1, sum(part.response_tokens for part in parts))
-    device = model.base.device
     losses = []
     for part in parts:
-        batch = part.to(device)
-        with autocast(settings.precision, device), model.base.logits_at(batch.predicting):
-            output = model.base.model(
-                input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, output_router_logits=settings.router_aux > 0
-            )
-        loss = F.cross_entropy(output.logits.float(), batch.targets, reduction="sum") / count
+        loss, further = _loss(model, part, settings, count if by_rows is None else max(1, part.response_tokens))
         losses.append(loss.detach())
-        if settings.router_aux > 0:
-            if getattr(output, "aux_loss", None) is None:
-                raise ValueError("training.router_aux: this architecture computes no load-balancing loss of its router; set it to 0")
-            loss = loss + settings.router_aux * output.aux_loss * (part.response_tokens / count)
-        loss.backward()
+        (loss + further).backward()
+        if by_rows is not None:
+            by_rows.take(leaves)
+    if by_rows is not None:
+        by_rows.give(leaves)
     if penalty is not None:
         penalty(leaves).backward()
-    return float(torch.stack(losses).sum())
+    return float(torch.stack(losses).sum()) / (1 if by_rows is None else len(parts)) if losses else 0.0
+
+
+def _loss(model: GraftedModel, part: Batch, settings: TrainingSettings, count: int) -> tuple[Tensor, Tensor | float]:
+    """The response loss of a part, summed and divided by the `count` of tokens, and what is trained on beside it."""
+    device = model.base.device
+    batch = part.to(device)
+    with autocast(settings.precision, device), model.base.logits_at(batch.predicting):
+        output = model.base.model(
+            input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, output_router_logits=settings.router_aux > 0
+        )
+    loss = F.cross_entropy(output.logits.float(), batch.targets, reduction="sum") / count
+    if settings.router_aux == 0:
+        return loss, 0.0
+    if getattr(output, "aux_loss", None) is None:
+        raise ValueError("training.router_aux: this architecture computes no load-balancing loss of its router; set it to 0")
+    return loss, settings.router_aux * output.aux_loss * (part.response_tokens / count)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ def about(record: Record, client: str | None, done: int) -> dict[str, Any]:
         "fedgraft": environment["fedgraft"],
         "split": record.split,
         "figures": _figures(record, client),
+        "privacy": record.rounds[done - 1].get("privacy") if done else None,
     }
 
 
