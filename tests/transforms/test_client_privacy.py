@@ -85,7 +85,7 @@ def test_without_clip_and_noise_it_is_the_plain_mean_bit_for_bit():
 @given(seed=st.integers(0, 2**32), clip=st.floats(1e-3, 50), scale=st.sampled_from([1e-4, 1.0, 30.0]))
 def test_a_client_sends_no_more_than_the_clip_in_the_same_direction(seed, clip, scale):
     start, trained = leaves(seed), leaves(seed + 1, scale)
-    reply = sent(settings_of(), start, trained, clip=clip)
+    reply = sent(settings_of(clip=clip), start, trained)
     change, true = subtract(reply.tree("shared"), start), subtract(trained, start)
     norm = norm_of(true)
     assert norm_of(change) <= clip * (1 + 1e-4) + 1e-4  # rounded to fp32

@@ -17,6 +17,7 @@ from fedgraft.runner import run as run_recipe
 from fedgraft.transforms.accountant import epsilon
 from fedgraft.transforms.noise import SECRET
 from fedgraft.tree import equal
+from fedgraft.use.export.export import export
 from tests.contract.test_methods import StopAt
 from tests.methods.harness import ROWS
 
@@ -53,6 +54,7 @@ def test_each_method_bears_it_or_is_refused_with_a_reason(method):
         ({"engine": {"keep_replies": True}}, "privacy.name: engine.keep_replies"),
         ({"engine": {"name": "flower"}, "privacy": {"secret": False}}, "privacy.secret: sites elsewhere know the recipe"),
         ({"privacy": {"clip": None}}, "privacy.clip: noise is measured in units"),
+        ({"privacy": {"clip": None, "noise_multiplier": 0, "quantile": 0.5}}, "privacy.quantile: the clip follows"),
         ({"privacy": {"where": "clients"}}, "privacy.least: with where: clients say"),
         ({"privacy": {"where": "clients", "least": 2}, "compression": {"name": "bf16"}}, "privacy.where: coded shares"),
         ({"privacy": {"where": "clients", "least": 2}, "federation": {"sampling": "poisson"}}, "privacy.where: the coordinator knows"),
@@ -165,6 +167,14 @@ def test_seeded_noise_is_the_same_run_again(place, tmp_path):
     first, second = (run_recipe(recipe, out=tmp_path / name, progress=Quiet()) for name in ("first", "second"))
     assert first.digest == second.digest
     assert not (first.folder / SECRET).exists()
+
+
+def test_the_card_of_an_exported_model_says_what_was_spent(place, tmp_path):
+    run_recipe(place.recipe("fedavg", clients=TWO, federation={"rounds": 2}, privacy=NOISED), out=tmp_path / "run", progress=Quiet())
+    export(tmp_path / "run", "shared", "fedgraft", tmp_path / "out")
+    spent = epsilon(noise_multiplier=1.0, rate=1.0, steps=2, delta=1e-5)
+    card = " ".join((tmp_path / "out" / "README.md").read_text(encoding="utf-8").split())
+    assert f"Privacy spent in 2 rounds on the leaves that were shared: epsilon {spent:.3g} at delta 1e-05 for clients" in card
 
 
 def test_int8_under_a_clip_runs(start):

@@ -32,7 +32,7 @@ from fedgraft.transforms.privacy import ClientPrivacy, Question
 from fedgraft.tree import Tree, digest, partition, subtract
 
 CLIP = "clip"
-"""The fact of the state and of every package that holds the clip of the round; None: no bound."""
+"""The fact of the state and of packages that holds the clip of the round; only where it follows a quantile, else the recipe's holds."""
 WITHIN = "within"
 """The fact of a reply that tells whether the change was within the clip; only where the clip follows a quantile."""
 
@@ -71,10 +71,11 @@ class Terms:
         z = self.settings.noise_multiplier
         return z if z == 0 or self.settings.quantile is None else (z**-2 - (2 * self.counting) ** -2) ** -0.5
 
-    def clip(self, state: Bundle) -> float | None:
-        """The clip of the round that begins from a state."""
-        found = state.facts.get(CLIP, self.settings.clip)
-        return float(found) if isinstance(found, int | float) else None
+
+def clip_in(settings: ClientPrivacy, place: Bundle) -> float | None:
+    """The clip of a round, from the state that it begins with or from a package of it; None: no bound."""
+    followed = place.facts.get(CLIP) if settings.quantile is not None else None
+    return float(followed) if isinstance(followed, int | float) else settings.clip
 
 
 def norm_of(tree: Mapping[str, Tensor]) -> float:
@@ -98,8 +99,7 @@ def clipped(settings: ClientPrivacy, noise_of: Callable[[str], Noise], question:
 
     def asked(client: Client, package: Bundle) -> Bundle:
         reply = question(client, package)
-        received, bound = package.tree("shared"), package.facts.get(CLIP)
-        clip = float(bound) if isinstance(bound, int | float) else None
+        received, clip = package.tree("shared"), clip_in(settings, package)
         change = subtract(reply.tree("shared"), received)
         norm = norm_of(change)
         share = share_within(norm, clip)
@@ -115,11 +115,12 @@ def clipped(settings: ClientPrivacy, noise_of: Callable[[str], Noise], question:
 
 
 def protected(terms: Terms, method: Method) -> Method:
-    """The coordinator's half: the method with packages that tell the clip, and with noised merges."""
+    """The coordinator's half: the method with packages that tell a clip that moves, and with noised merges."""
 
     def pack(own: Method, server: Server, client: str) -> Bundle:
         package = method.pack(own, server, client)
-        return Bundle(trees=package.trees, facts={**package.facts, CLIP: terms.clip(server.state)})
+        told = {CLIP: clip_in(terms.settings, server.state)} if terms.settings.quantile is not None else {}
+        return Bundle(trees=package.trees, facts={**package.facts, **told})
 
     def absorb(own: Method, server: Server, replies: Iterator[Reply]) -> None:
         _absorb(terms, own, server, replies)
@@ -130,7 +131,7 @@ def protected(terms: Terms, method: Method) -> Method:
 def _absorb(terms: Terms, method: Method, server: Server, replies: Iterator[Reply]) -> None:
     """Merge the replies as they come, add the noise that is due even where nobody came, and take the server step."""
     shared = partition(server.state.tree("shared"), is_residual)[1]
-    clip, holders, within = terms.clip(server.state), Counter[str](), list[float]()
+    clip, holders, within = clip_in(terms.settings, server.state), Counter[str](), list[float]()
 
     def updates() -> Iterator[Update]:
         for reply in replies:

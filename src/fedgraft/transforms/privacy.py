@@ -159,6 +159,8 @@ def _not_of_clients(settings: ClientPrivacy, recipe: Planned, method: Method, na
         (method.merge not in MEANS)
         and f"name: noise is measured by a mean of clipped changes, and {recipe.federation.merge.rule!r} answers to one client in other "
         "ways; set federation.merge.rule to mean",
+        (settings.quantile is not None and settings.clip is None)
+        and "quantile: the clip follows it from a first value on; set clip, or leave it out",
     ) or (_not_in_shares(settings, recipe) if settings.where == "clients" else "")
 
 

@@ -54,7 +54,7 @@ def about(record: Record, client: str | None, done: int) -> dict[str, Any]:
         "fedgraft": environment["fedgraft"],
         "split": record.split,
         "figures": _figures(record, client),
-        "privacy": record.rounds[done - 1].get("privacy") if done else None,
+        "privacy": next((line.get("privacy") for line in record.rounds if line["round"] == done - 1), None),
     }
 
 
