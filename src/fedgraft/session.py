@@ -28,7 +28,7 @@ from fedgraft.methods.method import settled
 from fedgraft.reach import Connect, connecting, promise
 from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
-from fedgraft.report.lines import drop_from, round_line, tokens_of
+from fedgraft.report.lines import drop_from, round_line
 from fedgraft.report.now import noting
 from fedgraft.report.progress import Progress, reply_text
 from fedgraft.report.record import Record, keep_choices, keep_finish
@@ -200,7 +200,8 @@ class Session:
                 self.progress.step(f"round {self.server.round + 1}  {reply.client}  too late")
                 continue
             self.replies[reply.client] = dict(reply.bundle.facts)
-            self.progress.step(reply_text(self.server.round, reply.client, reply.bundle.facts))
+            note = self.guarantee.note(self.server.round) if question == "train" else ""
+            self.progress.step(reply_text(self.server.round, reply.client, reply.bundle.facts, note))
             yield reply
 
     def _open(self) -> None:
@@ -265,7 +266,8 @@ class Session:
             self.replies, began = {}, time.perf_counter()
             self.engine.traffic.down = self.engine.traffic.up = 0
             self.method.finalize(self.method, self.server, self._ask)
-            told = {"round": self.server.round, "seconds": round(time.perf_counter() - began, 4), "tokens": tokens_of(self.replies)}
+            tokens = sum(facts.get("tokens", 0) for facts in self.replies.values())
+            told = {"round": self.server.round, "seconds": round(time.perf_counter() - began, 4), "tokens": tokens}
             keep_finish(self.folder, {**told, **self.engine.traffic.facts})
             self._commit(finalized=self.server.round)
 

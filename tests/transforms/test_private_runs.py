@@ -9,9 +9,10 @@ import pytest
 from fedgraft import plugins
 from fedgraft.bundle import Bundle
 from fedgraft.recipe import load_recipe
-from fedgraft.report.html import run_page
-from fedgraft.report.progress import Quiet
+from fedgraft.report.html import comparison_page, run_page
+from fedgraft.report.progress import Lines, Quiet
 from fedgraft.report.record import Record
+from fedgraft.report.table import cost
 from fedgraft.runner import resume
 from fedgraft.runner import run as run_recipe
 from fedgraft.transforms.accountant import epsilon
@@ -55,6 +56,7 @@ def test_each_method_bears_it_or_is_refused_with_a_reason(method):
         ({"engine": {"name": "flower"}, "privacy": {"secret": False}}, "privacy.secret: sites elsewhere know the recipe"),
         ({"privacy": {"clip": None}}, "privacy.clip: noise is measured in units"),
         ({"privacy": {"clip": None, "noise_multiplier": 0, "quantile": 0.5}}, "privacy.quantile: the clip follows"),
+        ({"engine": {"name": "flower"}, "evaluation": {"unseen": {"clients": 1}}}, "privacy.name: evaluation.unseen"),
         ({"privacy": {"where": "clients"}}, "privacy.least: with where: clients say"),
         ({"privacy": {"where": "clients", "least": 2}, "compression": {"name": "bf16"}}, "privacy.where: coded shares"),
         ({"privacy": {"where": "clients", "least": 2}, "federation": {"sampling": "poisson"}}, "privacy.where: the coordinator knows"),
@@ -114,6 +116,17 @@ def test_the_record_says_what_is_spent_and_bears_what_is_not_told(start):
     assert f"epsilon {spent:.3g} at delta 1e-05 for clients" in page
     assert "clients do not tell their losses" in page
     assert not record.selection
+
+
+def test_epsilon_is_shown_with_every_reply_of_training_and_with_the_tables(place, tmp_path):
+    shown = []
+    recipe = place.recipe("fedavg", clients=TWO, federation={"rounds": 2}, privacy=NOISED)
+    record = run_recipe(recipe, out=tmp_path / "run", progress=Lines(shown.append, verbose=True))
+    for number in (1, 2):
+        spent = epsilon(noise_multiplier=1.0, rate=1.0, steps=number, delta=1e-5)
+        assert sum(f"round {number}  " in line and line.endswith(f"epsilon {spent:.3g}") for line in shown) == 2
+    assert cost(record)["training_tokens"] is None
+    assert "–" in comparison_page([record])
 
 
 def test_fixed_samples_are_accounted_for_as_if_everybody_was_in_every_round(start):

@@ -44,7 +44,7 @@ def round_line(
         "lr": lr,
         "loss": _mean_loss(clients),
         "seconds": round(seconds, 4),
-        "tokens": tokens_of(clients),
+        "tokens": _tokens(clients),
         **traffic,
         "clients": clients,
         **({"simulated": dict(simulated)} if simulated else {}),
@@ -59,7 +59,7 @@ def line_without(line: Mapping[str, Any], client: str) -> dict[str, Any]:
     found = dict(line)
     if client in line["clients"]:
         clients = {name: facts for name, facts in line["clients"].items() if name != client}
-        found |= {"loss": _mean_loss(clients), "tokens": tokens_of(clients), "clients": clients}
+        found |= {"loss": _mean_loss(clients), "tokens": _tokens(clients), "clients": clients}
     for key in ("failed", "left"):
         if key in line and not (found.update({key: without(line[key], client)}) or found[key]):
             del found[key]
@@ -108,7 +108,7 @@ def _mean_loss(clients: Mapping[str, Mapping[str, Any]]) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
-def tokens_of(clients: Mapping[str, Mapping[str, Any]]) -> int | None:
-    """Tokens that all of them together tell of; None where they have trained and none tells."""
+def _tokens(clients: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """What all of them together tell of; None where they have trained and none tells."""
     told = [facts["tokens"] for facts in clients.values() if "tokens" in facts]
     return sum(told) if told or not clients else None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import lru_cache
 from typing import Any
 
 
+@lru_cache(maxsize=4096)
 def epsilon(*, noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
     """The epsilon at `delta` after so many steps; infinite without noise, 0 before the first step.
 

@@ -113,6 +113,10 @@ class Planned(Protocol):
     def engine(self) -> Any:
         """Where clients run."""
 
+    @property
+    def evaluation(self) -> Any:
+        """What is measured."""
+
 
 def check_privacy(recipe: Planned, method: Method, name: str) -> None:
     """Refuse what would void the guarantee, before anything is loaded.
@@ -159,6 +163,8 @@ def _not_of_clients(settings: ClientPrivacy, recipe: Planned, method: Method, na
         (method.merge not in MEANS)
         and f"name: noise is measured by a mean of clipped changes, and {recipe.federation.merge.rule!r} answers to one client in other "
         "ways; set federation.merge.rule to mean",
+        (recipe.engine.name == "flower" and recipe.evaluation.unseen.clients)
+        and "name: evaluation.unseen needs numbers of rows, which sites elsewhere do not tell under 'client'; leave it out",
         (settings.quantile is not None and settings.clip is None)
         and "quantile: the clip follows it from a first value on; set clip, or leave it out",
     ) or (_not_in_shares(settings, recipe) if settings.where == "clients" else "")
