@@ -155,9 +155,11 @@ def test_the_same_sum_gets_the_same_noise_and_another_one_other_noise():
     assert equal(one.tree("shared"), again.tree("shared"))
     other = merged(terms, state, {"c0": leaves(1), "c1": state})  # the same sum from more clients
     assert equal(one.tree("shared"), other.tree("shared"))
-    plain = subtract(merged(terms_of(clip=1.0), state, {"c0": leaves(2)}).tree("shared"), state)
-    noises = [subtract(one.tree("shared"), state), subtract(merged(terms, state, {"c0": leaves(2)}).tree("shared"), state)]
-    assert norm_of({key: noises[1][key] - plain[key] - noises[0][key] for key in SHAPES}) > 0.1
+    found = []
+    for sent_by_it in (leaves(1), leaves(2)):
+        noised, plain = (merged(given, state, {"c0": sent_by_it}).tree("shared") for given in (terms, terms_of(clip=1.0)))
+        found.append(subtract(noised, plain))
+    assert norm_of(subtract(*found)) > 0.1
 
 
 def test_shares_of_the_clients_add_up_to_the_noise():

@@ -71,6 +71,7 @@ def test_noise_is_on_every_leaf_with_the_stated_deviation():
     for _ in range(60):
         found.give(leaves)
         numbers += [leaf.grad.flatten().double() for leaf in leaves.values()]
+    assert not torch.equal(numbers[0], numbers[2]), "every step has noise of its own"
     spread = torch.cat(numbers) / (2.0 * 0.5 / 4)
     assert abs(float(spread.var()) - 1) < 5 * (2 / spread.numel()) ** 0.5
     assert abs(float(spread.mean())) < 5 / spread.numel() ** 0.5
