@@ -103,8 +103,7 @@ class Session:
         self.progress.step("model")
         each, federation = self.account.bytes_up() * widening(recipe.compression), recipe.federation
         keeps = self.kept.plan(each, federation.clients_of(len(self.reach.sites)), federation.rounds)
-        sent = [*self.guarantee.lines(), *summary_lines(recipe.compression, self.shapes)]
-        self.progress.tell([*summary(self.account), *sent, *keeps])
+        self.progress.tell([*summary(self.account), *self.guarantee.lines(), *summary_lines(recipe.compression, self.shapes), *keeps])
         self.server = server_of(recipe, self.training, self.reach.sites, self.reach.fresh_adapters, self.guarantee.sampling_seed)
         self.method = self.guarantee.protect(self.method)
 
@@ -200,7 +199,7 @@ class Session:
                 self.progress.step(f"round {self.server.round + 1}  {reply.client}  too late")
                 continue
             self.replies[reply.client] = dict(reply.bundle.facts)
-            note = self.guarantee.note(self.server.round) if question == "train" else ""
+            note = self.guarantee.note(question, self.server.round)
             self.progress.step(reply_text(self.server.round, reply.client, reply.bundle.facts, note))
             yield reply
 
@@ -276,6 +275,7 @@ class Session:
         self.server.state = Bundle(trees=self.server.state.trees, facts=facts)
         self.server.state.save(self.folder / "state" / "state.safetensors")
         self.engine.committed = self.engine.asked
+        self.spending.energy.look()
         self.stand.at = f"round {self.server.round} of {self.recipe.federation.rounds}"
 
     def _evaluate(self) -> None:

@@ -151,9 +151,9 @@ class Guarantee:
         text = f"epsilon {found['epsilon']:.3g} at delta {settings.delta:g} for {found['of']}, after {self._steps(rounds)} {steps}, {often}"
         return [("privacy", text + ("" if self._all_secret else "; noise from the recipe's seed, as befits a simulation"))]
 
-    def note(self, round_number: int) -> str:
-        """What will be spent with the round in hand, in a few words; "" without privacy or without a bound."""
-        found = self.spent(round_number + 1, {}).get("epsilon")
+    def note(self, question: str, round_number: int) -> str:
+        """What will be spent with the round in hand, in a few words; "" without privacy or a bound, and of what is no training."""
+        found = self.spent(round_number + 1, {}).get("epsilon") if question == "train" else None
         return f"epsilon {found:.3g}" if found is not None else ""
 
     @property
