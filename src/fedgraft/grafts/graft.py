@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedgraft.grafts.expert_lora import ExpertPairs, expert_shapes
+from fedgraft.grafts.lanes import Lane
 from fedgraft.grafts.lora import LoraSettings, LowRank, Shapes, chosen_projections, fresh_pairs, low_rank_shapes
 from fedgraft.grafts.router import RouterRows, router_shapes
 from fedgraft.grafts.side_expert import GraftSettings, Mixture, SeeGate, SideExperts
@@ -39,7 +40,8 @@ class GraftedModel:
         parts = [*linears, *((site.layer, site.experts) for site in base.sites)]  # a decoder layer lies on one device
         self._devices = {f"layers.{layer}": compute_device(part) for layer, part in parts}
         self._pairs: Shapes = low_rank_shapes(base, lora)
-        self._adapters: list[LowRank | RouterRows | ExpertPairs] = [LowRank(base, lora)]
+        self._low_rank = LowRank(base, lora)
+        self._adapters: list[LowRank | RouterRows | ExpertPairs] = [self._low_rank]
         self._router = RouterRows(base) if "router" in lora.targets else None
         if self._router is not None:
             self._adapters.append(self._router)
@@ -74,14 +76,32 @@ class GraftedModel:
         tree = self.placed(tree)
         try:
             used = self._side.put(tree, experts).union(*(adapter.put(tree) for adapter in self._adapters))
-            unknown = tree.keys() - used
-            if unknown:
-                raise ValueError(f"leaf {min(unknown)!r} has no place in this model with its experts and LoRA targets")
+            _check_used(tree, used)
             yield
         finally:
-            for adapter in self._adapters:
-                adapter.put({})
-            self._side.put({}, [])
+            self._put_nothing()
+
+    @contextmanager
+    def using_lanes(self, lanes: Sequence[Lane]) -> Iterator[None]:
+        """As `using`, with the leaves of each lane on its own part of a batch; they lie where their layers compute already.
+
+        Router rows and pairs on routed experts have no lanes.
+
+        Raises:
+            ValueError: as `using`.
+        """
+        try:
+            low_rank, side = self._low_rank.put_lanes(lanes), self._side.put_lanes(lanes)
+            for lane, *used in zip(lanes, low_rank, side, strict=True):
+                _check_used(lane.tree, set().union(*used))
+            yield
+        finally:
+            self._put_nothing()
+
+    def _put_nothing(self) -> None:
+        for adapter in self._adapters:
+            adapter.put({})
+        self._side.put({}, [])
 
     def watching_gates(self, see: SeeGate) -> AbstractContextManager[None]:
         """Call `see` with the gate values of every graft in use, in every forward inside the block."""
@@ -90,6 +110,11 @@ class GraftedModel:
     def frozen_digest(self) -> str:
         """Digest over every pretrained parameter, to show that none has changed."""
         return digest({name: plain(stored(module, name.rpartition(".")[2])).detach() for name, module in self._holders.items()})
+
+
+def _check_used(tree: Mapping[str, Tensor], used: set[str]) -> None:
+    if unknown := tree.keys() - used:
+        raise ValueError(f"leaf {min(unknown)!r} has no place in this model with its experts and LoRA targets")
 
 
 def _check_they_run(base: Base, chosen: Sequence[Projection]) -> None:

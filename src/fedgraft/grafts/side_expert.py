@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from fedgraft import address
+from fedgraft.grafts.lanes import Lane, over_lanes, own_part
 from fedgraft.grafts.lora import LoraSettings, Pairs, Shapes, fresh_pairs, pair_shapes
 from fedgraft.moe.expert import Expert
 from fedgraft.moe.family import Anatomy
@@ -32,6 +33,8 @@ SeeGate: TypeAlias = Callable[[int, int, Tensor], None]
 """Called with layer, number of the graft in it and its weight [T] for every token: sigmoid(g.x), 1 without a gate, in place the router's.
 
 T = batch x length tokens, padding included."""
+Seen: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor] | None]
+"""x [T, H] and, for a graft in place, the router's (index [T, k], weight [T, k])."""
 Mixture: TypeAlias = Sequence[Sequence[tuple[int, float]]]
 """(expert, share) of every part of a graft's start, per MoE layer; empty: copies."""
 
@@ -108,6 +111,7 @@ class SideExperts:
         """
         self.anatomy, self.graft, self.lora = anatomy, graft, lora
         self._active: dict[int, list[Side]] = {}
+        self._lanes: list[tuple[Lane, dict[int, list[Side]]]] = []
         self._see_gate: SeeGate | None = None
         for site in anatomy.sites if graft.form == "in_place" else ():
             if not site.replaceable:
@@ -117,8 +121,19 @@ class SideExperts:
 
     def put(self, tree: Mapping[str, Tensor], experts: list[list[int]]) -> set[str]:
         """Use the side leaves of `tree` and return their addresses; `experts` [L][r] names the source of every graft. Pointer work only."""
-        self._active = {}
-        used = set()
+        self._lanes = []
+        self._active, used = self._read(tree, experts)
+        return used
+
+    def put_lanes(self, lanes: Sequence[Lane]) -> list[set[str]]:
+        """Use each lane's side leaves for its part of the batch; returns their addresses."""
+        read = [self._read(lane.tree, lane.experts) for lane in lanes]
+        self._active, self._lanes = {}, [(lane, active) for lane, (active, _) in zip(lanes, read, strict=True)]
+        return [used for _, used in read]
+
+    def _read(self, tree: Mapping[str, Tensor], experts: list[list[int]]) -> tuple[dict[int, list[Side]], set[str]]:
+        active = dict[int, list[Side]]()
+        used = set[str]()
         for site, chosen in zip(self.anatomy.sites, experts, strict=False):
             sides = []
             for number, expert in enumerate(chosen):
@@ -133,8 +148,8 @@ class SideExperts:
                 sides.append(Side(place=place, number=expert, source=source, leaves=leaves, gate=weight, bias=bias))
                 used |= {*(key for key in gate.values() if key in tree), *(head + name for name in leaves)}
             if sides:
-                self._active[site.layer] = sides
-        return used
+                active[site.layer] = sides
+        return active, used
 
     def fresh(self, experts: list[list[int]], seed: int, mixture: Mixture = ()) -> Tree:
         """New leaves for the chosen source experts [L][r], fp32 on the CPU: LoRA with B = 0, exact copies, and the gates.
@@ -194,19 +209,38 @@ class SideExperts:
 
     def _hook(self, site: Site) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            sides = self._active.get(site.layer)
-            if not sides:
-                return None
-            for side in sides:
-                add = self._in_place if self.graft.form == "in_place" else self._gated
-                output = add_to_output(output, add(site, side, (args, kwargs)))
+            call = (args, kwargs)
+            if self._lanes:
+                return self._in_lanes(site, call, output)
+            for side in self._active.get(site.layer, ()):
+                output = add_to_output(output, self._added(side, self._seen(site, call)))
             return output
 
         return hook
 
-    def _gated(self, site: Site, side: Side, call: Arguments) -> Tensor:
+    def _seen(self, site: Site, call: Arguments) -> Seen:
+        """What a call gives a graft; routing is read only where one is in place."""
+        return site.inputs(call), site.routing(site, call) if self.graft.form == "in_place" else None
+
+    def _in_lanes(self, site: Site, call: Arguments, output: Any) -> Any:
+        """The output with every lane's own grafts on its part."""
+        (x, routing), lanes = self._seen(site, call), [lane for lane, _ in self._lanes]
+
+        def add(number: int) -> Tensor:
+            part, sides = own_part(x, lanes, number), self._lanes[number][1].get(site.layer, ())
+            choice = routing and (own_part(routing[0], lanes, number).flatten(0, 1), own_part(routing[1], lanes, number).flatten(0, 1))
+            added = [self._added(side, (part.flatten(0, 1), choice)).view_as(part) for side in sides]
+            return sum(added[1:], added[0]) if added else torch.zeros_like(part)
+
+        return add_to_output(output, over_lanes(lanes, f"layers.{site.layer}.side", torch.zeros_like(x), add))
+
+    def _added(self, side: Side, seen: Seen) -> Tensor:
+        """What a graft adds [T, H] to the routed output."""
+        x, routing = seen
+        return self._gated(side, x) if routing is None else self._in_place(side, x, *routing)
+
+    def _gated(self, side: Side, x: Tensor) -> Tensor:
         """sigmoid(g.x) E_g(x) [T, H], or sigmoid(g.x) (E_g(x) - E_e(x)) in the preserving form; without a gate its weight is 1."""
-        x = site.inputs(call)
         grafted = self._expert(side, x)
         if self.graft.form == "preserving":
             grafted = grafted - side.source(x)
@@ -217,10 +251,8 @@ class SideExperts:
         self._tell(side, mix.detach().flatten())
         return mix * grafted
 
-    def _in_place(self, site: Site, side: Side, call: Arguments) -> Tensor:
+    def _in_place(self, side: Side, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """w_e (E_g(x) - E_e(x)) [T, H] for the tokens whose top k have the source expert e, zero for all others."""
-        x = site.inputs(call)
-        index, weight = site.routing(site, call)
         token, place = torch.where(index == side.number)
         share = weight[token, place]
         self._tell(side, torch.zeros(len(x), device=x.device).index_add(0, token, share.detach().float()))
