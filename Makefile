@@ -34,6 +34,7 @@ check: static ## Format, lint, types and the architecture tests
 
 bench: $(READY) ## Compare a round with a plain PyTorch loop, and memory with 200 clients to that with 4; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/plain_loop.py
+	$(BIN)/python benchmarks/cohort.py
 	$(BIN)/python benchmarks/memory.py
 	for size in qwen1.5-moe-a2.7b qwen3-30b-a3b; do $(BIN)/python benchmarks/full_size.py tests/account/configs/$$size.json --small; done
 	$(BIN)/python benchmarks/report.py

@@ -26,6 +26,11 @@ trains the same leaves on batches made beforehand and averages in memory. `seque
 per round after one to warm up, the table shows its median and range. Run with the environment that `make bench` sets: one thread, and an
 allocator that keeps freed memory.""",
     ),
+    "A cohort against the plain PyTorch loop": (
+        ("cohort8", "cohort8_bf16"),
+        """As above with 8 clients that train at once (`engine.cohort: 8`) and rows of at most 128 tokens, in single precision and under
+bf16 autocast, which the plain loop then has too. The plain side is that of `sequential`.""",
+    ),
     "Memory with many clients": (
         ("memory200", "memory200_all"),
         """Peak resident memory of a whole run on the embedded base with 200 clients against one with 4, each run in a process of its own.

@@ -99,7 +99,7 @@ def fit(
         passes: how forward and backward are run; None: `alone`.
 
     Raises:
-        NotFiniteError: the loss or its gradient became NaN or infinite; nothing is returned, so the caller's leaves stand.
+        NotFiniteError: the loss or its gradient is not finite; nothing is returned, so the caller's leaves stand.
     """
     leaves = {key: leaf.requires_grad_() for key, leaf in model.placed(clone(trained)).items()}
     order = sorted(leaves)
@@ -117,9 +117,7 @@ def fit(
                 on_gradients(leaves)
             norm = float(torch.nn.utils.clip_grad_norm_([leaves[key] for key in order], settings.clip, foreach=True))
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NotFiniteError(
-                    f"the loss became {loss} (gradient norm {norm}); lower training.lr, or check the data and the base model"
-                )
+                raise NotFiniteError(f"the loss became {loss} (gradient norm {norm}); lower training.lr, or check data and base model")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total += loss
