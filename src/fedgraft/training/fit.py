@@ -116,8 +116,7 @@ def fit(
             if on_gradients is not None:
                 on_gradients(leaves)
             norm = float(torch.nn.utils.clip_grad_norm_([leaves[key] for key in order], settings.clip, foreach=True))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NotFiniteError(f"the loss became {loss} (gradient norm {norm}); lower training.lr, or check data and base model")
+            _check_finite(loss, norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total += loss
@@ -125,6 +124,11 @@ def fit(
             report(done, len(steps), loss)
     kept = _moments(optimizer, order, leaves) if settings.optimizer_state == "kept" else {}
     return Fit(tree=clone(leaves), loss=total / len(steps), tokens=tokens, seconds=time.perf_counter() - began, moments=kept)
+
+
+def _check_finite(loss: float, norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise NotFiniteError(f"the loss became {loss} (gradient norm {norm}); lower training.lr, or check the data and the base model")
 
 
 def autocast(precision: str, device: torch.device) -> Any:
