@@ -32,10 +32,12 @@ test-deploy: $(READY) ## What starts Ray or Flower's servers; takes minutes
 check: static ## Format, lint, types and the architecture tests
 	$(BIN)/python -m pytest tests/architecture
 
-bench: $(READY) ## Compare a round with a plain PyTorch loop, and memory with 200 clients to that with 4; writes docs/benchmarks.md
+bench: $(READY) ## A round beside a plain PyTorch loop, memory with 200 clients beside 4, Flower beside its floor; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/plain_loop.py
 	$(BIN)/python benchmarks/cohort.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/flower_overhead.py
+	$(BIN)/python benchmarks/generation.py
 	for size in qwen1.5-moe-a2.7b qwen3-30b-a3b; do $(BIN)/python benchmarks/full_size.py tests/account/configs/$$size.json --small; done
 	$(BIN)/python benchmarks/report.py
 

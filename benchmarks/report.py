@@ -37,6 +37,25 @@ bf16 autocast, which the plain loop then has too. The plain side is that of `seq
 All clients choose experts, grow a graft and are evaluated; `memory200` trains 4 of them in each of 2 rounds, `memory200_all` trains all.
 Every client has 50 rows of about 1,000 characters.""",
     ),
+    "Writing answers": (
+        ("generation", "generation_personal"),
+        """Greedy answers for the evaluation (20 rows a client, up to 64 new tokens, batches of 16, KV cache) against transformers' own
+batched `generate` on the base model with the same prompts in the order of the rows; the answers of the base are compared and must be the
+same. `generation_personal` writes with a client's LoRA, grafted expert and gate in place. The two take turns client by client.""",
+    ),
+    "Over Flower's servers": (
+        ("flower_5MB", "flower_100MB"),
+        """One question to two sites and their answers, with a payload of that size each way: one SuperLink and two SuperNodes on loopback,
+over TLS with node keys. Our side is all that `ask` does: codec, messages, the site's executor, worker, guard and codec, and back; the site
+has no model and answers at once. The floor is a bare ClientApp in the same executor, which returns the same number of bytes in a bare
+Flower message. They take turns within one run. A SuperNode looks for messages every three seconds, which both pay.""",
+    ),
+    "Memory of the coordinator": (
+        ("flower_memory_2", "flower_memory_4", "flower_memory_8"),
+        """Peak resident memory of one FedAvg round with an update of 100 MB from 2, 4 and 8 sites, each on servers of its own. The
+ServerApp merges replies as it pulls them, one at a time. Those that have come and are not pulled yet wait in the SuperLink, Flower's own
+process, which keeps them in memory.""",
+    ),
     "Full-size models on one GPU": (
         ("full_size_qwen1.5-moe-a2.7b", "full_size_qwen3-30b-a3b"),
         """Random bf16 weights at the sizes of Qwen1.5-MoE-A2.7B and Qwen3-30B-A3B: every expert of every layer on 128 x 2,048 calibration

@@ -92,6 +92,25 @@ def test_text_is_utf8_with_or_without_a_mark_and_errors_name_the_line(tmp_path):
         files.read_text(path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")
+def test_a_line_that_does_not_fit_leaves_no_part_of_itself(tmp_path):
+    """The limit stands for a full disk: a part is written, then the system refuses."""
+    import resource
+
+    path, line = tmp_path / "x.jsonl", {"text": "x" * 2000}
+    files.append_line(path, line)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"x\.jsonl"):
+            files.append_line(path, line)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    files.append_line(path, line)
+    assert files.read_lines(path) == [line, line]
+
+
 def test_one_process_at_a_time(tmp_path):
     with files.locked(tmp_path), pytest.raises(ValueError, match="another fedgraft is running"), files.locked(tmp_path):
         pass

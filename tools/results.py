@@ -1,7 +1,7 @@
 """Summarise runs over seeds into a section of docs/results.md.
 
     python tools/results.py --section main-job runs/main/*
-    python tools/results.py --section rows --pivot data.train_rows --figure loss runs/rows/*
+    python tools/results.py --section rows --pivot data.train_rows --figure loss --beside local runs/rows/*
 
 Runs that differ only in their seed are one row; with `--pivot` the values of one recipe key are the columns of a table of one figure.
 Every figure is mean ± sample standard deviation over seeds of the mean over clients of the `personal` model on the split the runs were
@@ -77,27 +77,34 @@ def section(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def pivoted(records: list[Record], key: str, figure: str) -> str:
-    """A Markdown table of one figure: a row per method and further settings, a column per value of the recipe's `key`."""
-    groups: dict[tuple[str, Any], list[float]] = defaultdict(list)
-    base: dict[Any, list[float]] = defaultdict(list)
+def pivoted(records: list[Record], key: str, figure: str, beside: str = "") -> str:
+    """A Markdown table of one figure: a row per method and further settings, a column per value of the recipe's `key`.
+
+    With `beside`, a method, cells say in brackets how much they are above its runs of the same seeds, mean ± deviation of the differences.
+    """
+    groups: dict[tuple[str, Any], dict[int, float]] = defaultdict(dict)
     labels = differences([record.recipe for record in records], key)
     for label, record in zip(labels, records, strict=True):
-        value = dict(_flatten(record.recipe))[key]
-        if found := record.figures("personal", figure):
-            groups[label, value].append(summary(found, True)["mean"])
-        if found := record.figures("base", figure):
-            base[value].append(summary(found, True)["mean"])
+        for row, model in ((label, "personal"), ("base", "base")):
+            if found := record.figures(model, figure):
+                groups[row, dict(_flatten(record.recipe))[key]][record.recipe["seed"]] = summary(found, True)["mean"]
     columns, digits = sorted({value for _, value in groups}), FIGURES[figure][2]
-    seeds = {len(values) for values in groups.values()}
+    seeds = {len(by_seed) for by_seed in groups.values()}
     head = f"{FIGURES[figure][0]}, seeds: {' or '.join(map(str, sorted(seeds)))}, by {key}"
     lines = [f"| {head} | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
-    rows = [("base", base)] if base else []
-    rows += [(label, {value: groups[label, value] for value in columns if (label, value) in groups}) for label in dict.fromkeys(labels)]
-    for label, by_value in rows:
-        cells = [spread(by_value[value], digits) if by_value.get(value) else "-" for value in columns]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    rows = [row for row in dict.fromkeys(("base", *labels)) if any((row, value) in groups for value in columns)]
+    for row in rows:
+        cells = [_cell(groups.get((row, value), {}), groups.get((beside, value), {}) if row != beside else {}, digits) for value in columns]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(own: dict[int, float], other: dict[int, float], digits: int) -> str:
+    if not own:
+        return "-"
+    above = [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
+    sign = "+" if above and statistics.fmean(above) >= 0 else ""
+    return spread(list(own.values()), digits) + (f" ({sign}{spread(above, digits)})" if above else "")
 
 
 def main() -> None:
@@ -108,10 +115,11 @@ def main() -> None:
         "--section", required=True, help="name of the markers <!-- NAME: begin --> and <!-- NAME: end --> in docs/results.md"
     )
     parser.add_argument("--pivot", metavar="KEY", help="a recipe key whose values are the columns, such as data.train_rows")
+    parser.add_argument("--beside", metavar="METHOD", default="", help="with --pivot: also differences to this method, paired by seed")
     parser.add_argument("--figure", default="loss", choices=sorted(FIGURES), help="what a table with --pivot shows")
     options = parser.parse_args()
     records = [Record.load(folder) for folder in options.runs if (folder / "results.json").is_file()]
-    table = pivoted(records, options.pivot, options.figure) if options.pivot else section(records)
+    table = pivoted(records, options.pivot, options.figure, options.beside) if options.pivot else section(records)
     begin, end = f"<!-- {options.section}: begin -->", f"<!-- {options.section}: end -->"
     text = DOCUMENT.read_text(encoding="utf-8")
     if begin not in text or end not in text:

@@ -46,11 +46,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Append one JSON line and flush it to the disk."""
-    with deferred(), _naming(path), path.open("ab") as sink:
-        sink.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
-        sink.flush()
-        os.fsync(sink.fileno())
+    """Append one JSON line and flush it to the disk; nothing of it where it can't be written whole."""
+    rest = memoryview((json.dumps(value, ensure_ascii=False) + "\n").encode())
+    with deferred(), _naming(path), path.open("ab", buffering=0) as sink:
+        before = sink.tell()
+        try:
+            while rest:
+                rest = rest[sink.write(rest) :]
+            os.fsync(sink.fileno())
+        except OSError:
+            sink.truncate(before)  # as a full disk leaves half a line, to which the next one would be joined
+            raise
 
 
 def read_text(path: Path) -> str:

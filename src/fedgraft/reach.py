@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 from fedgraft import __version__
 from fedgraft.account.memory import workload
 from fedgraft.account.take import take_account
+from fedgraft.aggregation.replies import Due, usable
 from fedgraft.bundle import Bundle
 from fedgraft.data.partition import load_clients
 from fedgraft.engine.card import Card
@@ -19,6 +20,7 @@ from fedgraft.engine.inprocess import InProcess
 from fedgraft.engine.settings import EngineSettings, FlowerSettings, InProcessSettings, SimulationSettings
 from fedgraft.evaluation.unseen import held_out
 from fedgraft.grafts.graft import drawn_adapters
+from fedgraft.grafts.router import router_shapes
 from fedgraft.hosting import Holdings, HostHere
 from fedgraft.methods.method import settled
 from fedgraft.moe.family import Anatomy
@@ -158,9 +160,10 @@ class Afar:
         drawn = drawn_adapters(self._anatomy, lora, self.recipe.seed)
         if "router" not in lora.targets:
             return drawn
-        asked = engine.asked
+        asked, due = engine.asked, Due(leaves=lambda *_: {"router": router_shapes(self._anatomy)})
         for client in self.clients:
-            for reply in engine.ask("router", {client: Bundle()}):
+            packages = {client: Bundle()}
+            for reply in usable(engine.ask("router", packages), packages, due, {}, engine.listener.lost):
                 engine.asked = asked  # it leaves no trace in the client's memory
                 return drawn | reply.bundle.tree("router")
         raise ValueError("lora.targets: no client has sent the pretrained rows of its routers to begin with; start again")

@@ -17,11 +17,12 @@ from typing import Any
 
 from fedgraft import files, origin
 from fedgraft.account.memory import workload
-from fedgraft.account.take import summary, take_account
+from fedgraft.account.take import shared_shapes, summary, take_account
 from fedgraft.aggregation import participation
+from fedgraft.aggregation.replies import Due, usable
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
-from fedgraft.evaluation.gather import gather, replies
+from fedgraft.evaluation.gather import due_replies, gather, replies
 from fedgraft.evaluation.knowledge import check_tasks
 from fedgraft.hosting import training_of
 from fedgraft.methods.method import settled
@@ -29,9 +30,10 @@ from fedgraft.reach import Connect, connecting
 from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
 from fedgraft.report.now import noting
-from fedgraft.report.progress import Progress
+from fedgraft.report.progress import Progress, reply_text
 from fedgraft.report.record import CHOICE, Record, keep_finish, read_document, write_document
 from fedgraft.report.recording import check, recording
+from fedgraft.report.spending import Spending
 from fedgraft.report.summary import summarise
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
@@ -66,8 +68,7 @@ class Session:
             ValueError: data, model, method and clients do not fit together, or clients cannot be reached.
         """
         self.recipe, self.folder, self.progress, self.stand = recipe, folder, progress, stand or Stand(folder)
-        self.run = origin.run_id(folder)
-        self.method = recipe.build_method()
+        self.run, self.method, self.spending = origin.run_id(folder), recipe.build_method(), Spending()
         check_tasks(recipe.evaluation, self.method.row_wise)
         check(recipe.record)
         self.opened = False
@@ -93,6 +94,7 @@ class Session:
         self.method = settled(self.method, anatomy, recipe.lora, sorted([*self.reach.sites, *self.reach.unseen]))
         work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
         self.account = take_account(anatomy, self.method, recipe.lora, recipe.graft, work)
+        self.due, self.shapes = due_replies(self.method), shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
         self.engine = self.reach.engine()
         self.progress.step("model")
         self.progress.tell(summary(self.account))
@@ -129,6 +131,7 @@ class Session:
             raise Stopped(self.folder) from stop
         finally:
             self.progress.close()
+            self.spending.keep(self.folder, self.account.as_dict())
             leave_page(self.folder)
         return Record.load(self.folder)
 
@@ -180,6 +183,7 @@ class Session:
 
     def _begin(self, phase: str, total: int) -> None:
         self.stand.phase, self.stand.client = phase, ""
+        self.spending.begin(phase)
         self.progress.begin(phase, total)
 
     def _without(self, client: str, reason: str, after: str, word: str) -> None:
@@ -189,17 +193,13 @@ class Session:
 
     def _ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
         """The engine's ask; keeps each reply's facts for the record and reports progress."""
-        for reply in self.engine.ask(question, packages):
+        due = self.due.get(question, Due())
+        for reply in usable(self.engine.ask(question, packages), packages, due, self.shapes, self.lost):
             if reply.client in self.late:
                 self.progress.step(f"round {self.server.round + 1}  {reply.client}  too late")
                 continue
-            facts = dict(reply.bundle.facts)
-            self.replies[reply.client] = facts
-            loss = facts.get("loss")
-            note = f"round {self.server.round + 1}  {reply.client}  loss {loss:.3f}" if isinstance(loss, float) else reply.client
-            if "calibration_tokens" in facts:
-                note = f"{reply.client}  {facts['calibration_tokens']:,} calibration tokens (the paper's runs: 262,144)"
-            self.progress.step(note)
+            self.replies[reply.client] = dict(reply.bundle.facts)
+            self.progress.step(reply_text(self.server.round, reply.client, reply.bundle.facts))
             yield reply
 
     def _open(self) -> None:

@@ -74,6 +74,23 @@ class Chromium:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
+    def press(self, element: str, how: str) -> None:
+        """Press an element as people do, by mouse (`click`) or by a key once the element has the focus."""
+        if how == "click":
+            self.evaluate(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+            box = self.evaluate(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({element}.getBoundingClientRect())")
+            for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+                self.ask("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=int(kind != "mouseMoved"))
+            return
+        self.evaluate(f"{element}.focus()")
+        for kind in ("keyDown", "keyUp"):
+            text = {"text": "\r" if how == "Enter" else how} if kind == "keyDown" else {}
+            self.ask("Input.dispatchKeyEvent", type=kind, key=how, windowsVirtualKeyCode=13 if how == "Enter" else 32, **text)
+
+    def rest(self) -> None:
+        """Move the mouse out of the way."""
+        self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+
     def complaints(self) -> list[dict[str, Any]]:
         """What the page wrote to the console, threw, or had reported about it."""
         told = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")

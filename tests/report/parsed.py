@@ -75,3 +75,14 @@ def parse(document: str) -> Node:
     parser.close()
     assert len(parser.open) == 1, f"<{parser.open[-1].tag}> is never closed"
     return parser.root
+
+
+def tables(root: Node) -> dict[str, dict[str, list[str]]]:
+    """Label of a table -> first cell of a row -> its other cells."""
+    return {
+        table.attributes["aria-label"]: {
+            cells[0].text: [cell.text for cell in cells[1:]]
+            for cells in ([node for node in row.parts if not isinstance(node, str)] for row in table.all("tr"))
+        }
+        for table in root.all("table")
+    }

@@ -46,6 +46,13 @@ def test_the_best_of_each_method_by_the_mean_over_seeds_of_the_mean_over_clients
     assert choose(records, "token_accuracy")[0].settings == {"training.lr": 4e-3}  # there more is better
 
 
+def test_a_task_s_figure_may_choose(tried):
+    records = [tried("flex", lr, {"ada": 2.0}) for lr in (1e-3, 2e-3)]
+    for record, accuracy in zip(records, (0.25, 0.5), strict=True):
+        record.results["ada"]["personal"]["arc/acc"] = accuracy
+    assert choose(records, "arc/acc")[0].settings == {"training.lr": 2e-3}
+
+
 def test_a_best_value_between_others_is_no_edge(tried):
     records = [tried("flex", lr, {"ada": loss}) for lr, loss in ((1e-3, 3.0), (2e-3, 2.0), (4e-3, 2.5))]
     assert choose(records, "loss")[0].edges == []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import logging
 import math
 import re
+from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,11 +16,34 @@ import pytest
 
 from fedgraft.report.html import MARK, comparison_page, leave_page, run_page, write_page
 from fedgraft.report.record import write_recipe
-from tests.report.conftest import DIGEST, made_record
-from tests.report.parsed import parse
+from tests.report.conftest import DIGEST, made_record, measured_record
+from tests.report.parsed import parse, tables
 
 BEGUN = {"environment": {}, "selection": {}, "done": 0}
-SECTIONS = ["quality", "training", "experts", "gates", "data", "cost", "settings", "environment", "reproduce"]
+SECTIONS = [
+    "quality",
+    "training",
+    "experts",
+    "gates",
+    "routing",
+    "others",
+    "unseen",
+    "data",
+    "cost",
+    "settings",
+    "environment",
+    "reproduce",
+]
+
+
+def seeded(seed, method="flex"):
+    """The recipe of a made record with another seed or method."""
+    return made_record().recipe | {"seed": seed, "method": {"name": method}}
+
+
+def named(method, lift=0.0, **parts):
+    """A measured run of another method."""
+    return measured_record(lift=lift / 100, recipe=seeded(7, method), folder=Path(method), **parts)
 
 
 def pages(make):
@@ -25,6 +51,7 @@ def pages(make):
     plain = make(recipe={key: part for key, part in make().recipe.items() if key not in {"graft", "selection"}}, selection={})
     return {
         "finished": run_page(make()),
+        "measured": run_page(measured_record()),
         "stopped": run_page(make(done=1)),
         "trained": run_page(make(results={}, digest="")),
         "chosen": run_page(make(done=0)),
@@ -36,6 +63,8 @@ def pages(make):
         "one round": run_page(make(rounds=1)),
         "no rounds": run_page(make(rounds=0)),
         "comparison": comparison_page([make(folder=Path("a")), make(folder=Path("b"), done=1), plain]),
+        "comparison of seeds": comparison_page([measured_record(lift=seed / 10, recipe=seeded(seed)) for seed in range(3)]),
+        "comparison of many": comparison_page([named(f"m{at}", at) for at in range(12)]),
         "unfinished comparison": comparison_page([make(**BEGUN), make(**BEGUN, folder=Path("b"))]),
     }
 
@@ -61,16 +90,18 @@ def test_pages_are_whole_documents(every):
                     assert reference.removeprefix("#") in ids, (name, reference)
 
 
-def test_nothing_is_loaded_and_nothing_runs(every):
+def test_nothing_is_loaded_and_nothing_runs_but_our_script(every):
+    script = (resources.files("fedgraft") / "assets" / "report" / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     for name, (document, root) in every.items():
-        assert not {"script", "img", "iframe", "object", "embed", "video", "audio", "source", "use", "image"} & {
-            n.tag for n in root.walk()
-        }, name
+        assert document.count("<script") == 1
+        assert f"<script>{script}</script>" in document
+        assert not {"img", "iframe", "object", "embed", "video", "audio", "source", "use", "image"} & {n.tag for n in root.walk()}, name
         assert not [node for node in root.walk() for attribute in node.attributes if attribute.startswith("on")]
         assert [node.attributes["href"] for node in root.all("link")] == ["data:,"]
         assert not re.search(r"https?:|url\(|@import|javascript:", document), name
         policy = root.one("meta", **{"http-equiv": "Content-Security-Policy"}).attributes["content"]
-        assert "default-src 'none'" in policy
+        assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
 
 
 def test_every_figure_has_its_text(every):
@@ -85,7 +116,7 @@ def test_every_figure_has_its_text(every):
             hidden = [node for node in figure.all("svg") if node is not drawing]
             assert all(node.attributes["aria-hidden"] == "true" for node in hidden)
             assert "nan" not in "".join(value for node in drawing.walk() for value in node.attributes.values()).lower()
-            if figure.attributes["id"] != "quality-dots":  # its numbers stand in the table beside it
+            if figure.attributes["id"] not in {"quality-dots", "partition", "unseen-curve"}:  # their numbers stand in a table beside them
                 assert figure.one("details").all("td"), (name, figure.attributes["id"])
 
 
@@ -124,7 +155,7 @@ def test_a_finished_run_is_told_from_the_record(make):
     )
     gates = _table(root, "Mean gate per client and MoE layer")
     assert gates["client-01"] == [f"{layer[0]:.3f}" for layer in record.results["client-01"]["personal"]["gate_mean"]]
-    held = next(value for name, value in _tables(root).items() if name.startswith("Training rows"))
+    held = next(value for name, value in tables(root).items() if name.startswith("Training rows"))
     assert held["client"] == ["training rows", "sums", "talk", "cut in training", "cut in evaluation"]
     assert held["client-00"] == ["40", "10", "30", "6", "4 of 10"]  # 2 cut in each of 3 rounds
     assert _table(root, "MB per round")["1"] == ["0.001", "0.001"]
@@ -141,28 +172,17 @@ def test_a_finished_run_is_told_from_the_record(make):
     assert DIGEST in reproduce
 
 
-def _tables(root):
-    """Label -> first cell of a row -> its other cells."""
-    return {
-        table.attributes["aria-label"]: {
-            cells[0].text: [cell.text for cell in cells[1:]]
-            for cells in ([node for node in row.parts if not isinstance(node, str)] for row in table.all("tr"))
-        }
-        for table in root.all("table")
-    }
-
-
 def _table(root, label):
-    return _tables(root)[label]
+    return tables(root)[label]
 
 
 @pytest.mark.parametrize(
     ("stage", "missing"),
     [
-        ("begun", {"quality", "training", "experts", "gates", "data", "cost", "environment"}),
-        ("chosen", {"quality", "training", "gates", "cost"}),
-        ("stopped", {"quality", "gates"}),
-        ("trained", {"quality", "gates"}),
+        ("begun", {"quality", "training", "experts", "gates", "routing", "data", "cost", "environment"}),
+        ("chosen", {"quality", "training", "gates", "routing", "cost"}),
+        ("stopped", {"quality", "gates", "routing"}),
+        ("trained", {"quality", "gates", "routing"}),
         ("finished", set()),
         ("no graft", set()),
     ],
@@ -209,8 +229,12 @@ def test_comparing_has_runs_as_columns(make):
         "runs",
         "quality",
         "training",
+        "experts",
+        "unseen",
+        "data",
         "cost",
         "differences",
+        "environment",
         "reproduce",
     ]
     assert _table(root, "response loss (nats/token)")["client"] == ["base", "flex", "fedavg"]
@@ -248,7 +272,7 @@ def test_hostile_text_stays_text(make):
     environment = record.environment | {"command": [HOSTILE], "clients": {HOSTILE: {HOSTILE: 3}, "b": {"c": 1}}}
     bad = dataclasses.replace(record, recipe=recipe, environment=environment, folder=Path(HOSTILE.replace("/", "")), digest=HOSTILE)
     for document in (run_page(bad), comparison_page([bad, record])):
-        assert "<script" not in document
+        assert document.count("<script") == 1
         root = parse(document)
         assert HOSTILE in _table(root, "response loss (nats/token)")
     assert any(HOSTILE.startswith(node.text.rstrip("…")) for node in parse(run_page(bad)).all("text", class_="tick"))

@@ -64,6 +64,17 @@ def test_the_baseline_is_chosen_by_name():
         seed_tables(RUNS, "flx")
 
 
+def test_where_the_first_group_lacks_a_figure_the_next_is_the_baseline_and_never_in_place_of_one_that_was_named():
+    runs = [made(method, seed, losses) for (method, seed), losses in LOSSES.items()]
+    for run in runs[:3]:
+        for models in run.results.values():
+            del models["personal"]["loss"]
+    third = [made("local", seed, LOSSES["flex", seed]) for seed in range(3)]
+    loss = seed_tables([*runs, *third])[0]
+    assert (loss.baseline, [row.against is None for row in loss.rows]) == ("flex", [True, False])
+    assert all(row.against is None for row in seed_tables([*runs, *third], "fedavg")[0].rows)
+
+
 def test_runs_of_other_recipes_are_other_groups_named_without_their_seed():
     other = [made("flex", seed, LOSSES["flex", seed], f"sweep/flex_low_seed-{seed}") for seed in range(2)]
     for record in other:

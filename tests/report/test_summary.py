@@ -55,3 +55,11 @@ def test_up_to_ten_clients_the_worst_one_is_the_worst_tenth():
     values = {str(number): float(number) for number in range(10)}
     assert "worst decile" not in summary(values, True)
     assert summary(values | {"ten": 10.0}, True)["worst decile"] == 0.5
+
+
+def test_figures_of_tasks_are_summed_up_too_each_by_what_is_better():
+    told = {"arc/acc": 0.5, "text/perplexity": 8.0}
+    better = {"arc/acc": 0.75, "text/perplexity": 6.0}
+    found = summarise({"one": {"base": told, "personal": better}, "two": {"base": told, "personal": told}}, 0, 10)["personal"]
+    assert (found["arc/acc"]["mean"], found["arc/acc"]["worst"], found["arc/acc"]["gain_over_base"]) == (0.625, 0.5, 0.125)
+    assert (found["text/perplexity"]["worst"], found["text/perplexity"]["gain_over_base"]) == (8.0, 1.0)

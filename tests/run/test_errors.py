@@ -66,8 +66,9 @@ def refused(command, tmp_path) -> Iterator[Callable[..., str]]:
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    """All files but the lock, which stays empty, the page, which is made of the others, and the note on what goes on."""
-    return {name: content for name, content in contents(folder).items() if Path(name).name not in {files.LOCK, "report.html", "now.json"}}
+    """All files but the lock, which stays empty, the page, which is made of the others, and what tells of the session itself."""
+    apart = {files.LOCK, "report.html", "now.json", "cost.json"}
+    return {name: content for name, content in contents(folder).items() if Path(name).name not in apart}
 
 
 def new(world: World, tmp_path: Path, *assignments: str) -> list[str | Path]:

@@ -100,14 +100,12 @@ def take_account(anatomy: Anatomy, method: Method, lora: LoraSettings, graft: Gr
     Raises:
         ValueError: a pattern matches nothing: a LoRA target, or what the method trains, shares or keeps.
     """
-    with_adapters, with_side = "adapters" in method.places, "side" in method.places
-    adapters = adapter_shapes(anatomy, lora) if with_adapters else {}
-    side = side_shapes(anatomy, graft, lora, method.shared_grafts) if with_side else {}
-    chosen = chosen_projections(anatomy, lora.targets) if with_adapters else []
+    adapters, side = _shapes(anatomy, method, lora, graft)
+    chosen = chosen_projections(anatomy, lora.targets) if "adapters" in method.places else []
     shapes = method.leaves(adapters | side)
     own, common = _split(shapes, method)
     layers = layers_of(anatomy, {projection.path for projection in chosen}, common.layers, own.layers)
-    grafts = graft.per_layer + method.shared_grafts if with_side else 0
+    grafts = graft.per_layer + method.shared_grafts if "side" in method.places else 0
     compute = compute_of(anatomy, layers, adapters, side, graft, work.length)
     parameters = sum(parameter.numel() for parameter in anatomy.model.parameters())
     config = anatomy.model.config.get_text_config()
@@ -138,6 +136,22 @@ def take_account(anatomy: Anatomy, method: Method, lora: LoraSettings, graft: Gr
         passes=method.passes,
         pooled=method.pooled,
     )
+
+
+def shared_shapes(anatomy: Anatomy, method: Method, lora: LoraSettings, graft: GraftSettings) -> Shapes:
+    """The leaves that a client and the server share, at their largest.
+
+    Raises:
+        ValueError: a LoRA target does not exist.
+    """
+    adapters, side = _shapes(anatomy, method, lora, graft)
+    return {key: shape for key, shape in method.leaves(adapters | side).items() if not method.personal(key)}
+
+
+def _shapes(anatomy: Anatomy, method: Method, lora: LoraSettings, graft: GraftSettings) -> tuple[Shapes, Shapes]:
+    """Leaves of the adapters and of the grafted experts, where the method has any."""
+    adapters = adapter_shapes(anatomy, lora) if "adapters" in method.places else {}
+    return adapters, side_shapes(anatomy, graft, lora, method.shared_grafts) if "side" in method.places else {}
 
 
 def summary(account: Account) -> list[tuple[str, str]]:

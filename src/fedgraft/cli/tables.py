@@ -77,10 +77,10 @@ def print_choices(choices: list[Choice], figure: str) -> None:
     """The best setting of each method, and the same as the section `per_method` of a sweep file."""
     from rich.table import Table as RichTable
 
-    from fedgraft.report.table import FIGURES
+    from fedgraft.report.table import described
     from fedgraft.starter.keys import as_yaml
 
-    heading, _, digits = FIGURES[figure]
+    heading, _, digits = described(figure)
     drawn = RichTable("method")
     drawn.add_column("best setting", overflow="fold")
     for name in ("value", "next best", "candidates", "seeds"):

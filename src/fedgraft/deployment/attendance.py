@@ -25,8 +25,8 @@ PAUSE, LONGEST_PAUSE = 2.0, 60.0  # seconds before a process is started again, d
 STEADY = 30.0  # seconds after which a start counts as well done
 TRIES = 5  # starts in a row that were not
 UNKNOWN = "[code: 2004]"
-"""What Flower says of a key that nobody registered."""
-UNKNOWN_TRIES = 3  # a coordinator that has just been started lets keys in a moment later
+"""What Flower says of a key that nobody registered, and of one whose node counts as connected."""
+UNKNOWN_PAUSE, UNKNOWN_PATIENCE = 5.0, 90.0  # a node that was killed counts as connected for a minute, until heartbeats are missed
 DISOWNED = "401 Unauthorized"
 """What it says once the connection that it had is none any more."""
 SENDING = 5.0  # seconds for the last answer to reach the coordinator
@@ -111,6 +111,7 @@ class _Shift:
         self.parts, self.duties, self.tell = parts, duties, tell
         self.running: dict[str, tuple[Part, float]] = {}
         self.failed: dict[str, int] = {}
+        self.unknown_since: dict[str, float] = {}
 
     def serve(self) -> None:
         """Start all, then keep them up."""
@@ -132,18 +133,26 @@ class _Shift:
 
     def _again(self, duty: Duty, part: Part, lasted: float) -> None:
         """Tell why a process ended, and start it again unless it never stays."""
-        said = part.said()
-        unknown = UNKNOWN in said
-        self.failed[duty.name] = 0 if lasted >= STEADY else self.failed.get(duty.name, 0) + 1
-        if self.failed[duty.name] >= (UNKNOWN_TRIES if unknown else TRIES):
-            remedy = "The coordinator does not know this site's key (any more): ask there for fedgraft federation add-site."
-            often = f"{duty.name} ended {self.failed[duty.name]} times in a row; when the reason is mended, start the site again."
-            raise part.fail(remedy if unknown else often)
-        pause = min(LONGEST_PAUSE, PAUSE * 2 ** self.failed[duty.name])
-        why = f"it ended with exit code {part.ended()}; it said last\n{part.last_words()}"
-        if unknown or DISOWNED in said:
-            why = "the coordinator " + ("does not know this site's key" if unknown else "was started anew, or has shut this site out")
+        pause, why = self._unknown(duty, part) if UNKNOWN in part.said() else self._ended(duty, part, lasted)
         self.tell(f"{duty.name} is started again in {pause:.0f} s: {why}")
         self.parts.stop(part)
         time.sleep(pause)
         self._start(duty)
+
+    def _unknown(self, duty: Duty, part: Part) -> tuple[float, str]:
+        """How long to wait, and why, as long as there is hope that the coordinator will take the key."""
+        now = time.monotonic()
+        if now - self.unknown_since.setdefault(duty.name, now) > UNKNOWN_PATIENCE:
+            raise part.fail("The coordinator does not know this site's key (any more): ask there for fedgraft federation add-site.")
+        return UNKNOWN_PAUSE, "the coordinator does not know this site's key, or counts it as connected still, up to a minute after a crash"
+
+    def _ended(self, duty: Duty, part: Part, lasted: float) -> tuple[float, str]:
+        """The same for any other end, unless there were too many."""
+        self.unknown_since.pop(duty.name, None)
+        self.failed[duty.name] = 0 if lasted >= STEADY else self.failed.get(duty.name, 0) + 1
+        if self.failed[duty.name] >= TRIES:
+            raise part.fail(f"{duty.name} ended {self.failed[duty.name]} times in a row; when the reason is mended, start the site again.")
+        why = f"it ended with exit code {part.ended()}; it said last\n{part.last_words()}"
+        if DISOWNED in part.said():
+            why = "the coordinator was started anew, or has shut this site out"
+        return min(LONGEST_PAUSE, PAUSE * 2 ** self.failed[duty.name]), why

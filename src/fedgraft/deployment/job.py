@@ -86,7 +86,7 @@ name = "fedgraft-run"
 version = "{__version__}"
 description = "Names the installed fedgraft"
 license = {{ file = "LICENSE" }}
-dependencies = ["flwr>=1.42"]
+dependencies = ["flwr>=1.42,<1.43"]
 
 [tool.flwr.app]
 publisher = "fedgraft"

@@ -32,6 +32,7 @@ QUERY = "query"
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 """Environment in which neither Flower nor Ray calls home."""
 POLL_SECONDS, POLL_MOST, POLL_GROWTH = 0.02, 0.5, 1.3
+LINGER = 30.0  # seconds that a message is kept beyond its deadline, so that lateness is told as such and not as a message that is gone
 FOREVER = float(60 * 60 * 24 * 30)
 """Seconds that a message without a deadline is kept."""
 
@@ -148,7 +149,7 @@ class GridEngine:
 
         life = {"join": self.wait_seconds, "ask": self.deadline_seconds}.get(frame.kind)
         whole = Frame(kind=frame.kind, facts={"run": self.run, "recipe": dict(self.recipe), **frame.facts}, content=frame.content)
-        message = Message(whole.records(), node, QUERY, ttl=life or FOREVER)
+        message = Message(whole.records(), node, QUERY, ttl=FOREVER if life is None else life + LINGER)
         return next((str(number) for number in self.grid.push_messages([message]) if number), "")
 
     def _pull(self, number: str, until: float | None) -> Message | None:

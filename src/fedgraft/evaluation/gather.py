@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from fedgraft.aggregation.replies import Due, any_leaves
 from fedgraft.aggregation.server import Ask, Server
 from fedgraft.bundle import Bundle
 from fedgraft.evaluation.cross import borrow, cross_losses, lend
@@ -39,6 +40,17 @@ def site_questions(method: Method, settings: EvaluationSettings, folder: Path, l
     if settings.split == "test":
         return {name: without_test_rows(question) for name, question in questions(method).items()} | measuring
     return {name: without_test_rows(question) for name, question in (questions(method) | measuring).items()}
+
+
+def due_replies(method: Method) -> Mapping[str, Due]:
+    """What the reply to each question must hold; one to any other question holds no leaves."""
+    return {
+        "graft": Due(leaves=method.grown),
+        "train": Due(leaves=method.sent, facts=("examples",)),
+        "evaluate": Due(facts=("models",)),
+        "evaluate_unseen": Due(facts=("unseen",)),
+        "lend": Due(leaves=any_leaves),
+    }
 
 
 def without_test_rows(question: Question) -> Question:

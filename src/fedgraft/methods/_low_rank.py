@@ -46,6 +46,15 @@ def dense_residuals(shapes: Shapes) -> Shapes:
     return {f"{head}.residual": (shapes[f"{head}.B"][0], shapes[f"{head}.A"][1]) for head in heads}
 
 
+def cut_shapes(shapes: Shapes, rank: int) -> Shapes:
+    """The shapes of leaves after `cut`."""
+    found = dict(shapes)
+    for key, shape in shapes.items():
+        if key.endswith(".A") and shape[0] > rank:
+            found |= {key: (rank, shape[1]), f"{key[:-2]}.B": (shapes[f"{key[:-2]}.B"][0], rank)}
+    return found
+
+
 def pack_cut(ranks: dict[str, int]) -> Callable[[Method, Server, str], Bundle]:
     """Each client receives the pairs cut to its rank."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from fedgraft.address import place_of, side_number
 from fedgraft.aggregation.server import Ask, Server
 from fedgraft.bundle import Bundle, Fact
+from fedgraft.grafts.lora import Shapes
 from fedgraft.methods.method import Method, Prediction, answer_as, choose_experts, open_run, personal_leaves, train_round
 from fedgraft.training.client import Client
 from fedgraft.tree import Tree, partition
@@ -32,7 +34,14 @@ def build(shared_graft: bool = False, private_router: bool = False) -> Method:
     if not shared_graft:
         return kept
     return replace(
-        kept, shared_grafts=1, open=open_common, pack=pack_common, graft=choose_first, train=train_with_common, answer=answer_with_common
+        kept,
+        shared_grafts=1,
+        grown=first_leaves,
+        open=open_common,
+        pack=pack_common,
+        graft=choose_first,
+        train=train_with_common,
+        answer=answer_with_common,
     )
 
 
@@ -60,6 +69,11 @@ def open_common(method: Method, server: Server, ask: Ask) -> None:
             server.state = Bundle(trees={"shared": shared}, facts={"common": common})
             return
     raise ValueError("method.shared_graft: no client has sent the first leaves of the shared graft; start again")
+
+
+def first_leaves(shapes: Shapes, package: Bundle, reply: Bundle) -> Mapping[str, Shapes]:
+    """Those of the shared graft, where the client is told which expert it starts from."""
+    return {"shared": {key: shape for key, shape in shapes.items() if _is_common(key)}} if "common" in package.facts else {}
 
 
 def elect(choices: list[list[list[int]]]) -> list[int]:

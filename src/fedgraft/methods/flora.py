@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from fedgraft import seeds
@@ -9,8 +10,9 @@ from fedgraft.address import is_residual
 from fedgraft.aggregation.low_rank_merges import cut, pile, stacked
 from fedgraft.aggregation.server import Ask, Server
 from fedgraft.bundle import Bundle
+from fedgraft.grafts.lora import Shapes
 from fedgraft.methods._linear import on_linear_layers
-from fedgraft.methods._low_rank import BY_PRODUCT, Ranks, absorb_factors, dense_residuals, ranks_of
+from fedgraft.methods._low_rank import BY_PRODUCT, Ranks, absorb_factors, cut_shapes, dense_residuals, ranks_of
 from fedgraft.methods.method import Method, Surroundings, train_round
 from fedgraft.training.client import Client
 from fedgraft.training.personal_rules import around
@@ -39,12 +41,20 @@ def build(ranks: Ranks = None) -> Method:
         settle=on_linear_layers(settle),
         needs_mean=BY_PRODUCT,
         down=dense_residuals,
+        sent=new_pairs,
         open=open_empty,
         local=around(is_residual),
         absorb=absorb_factors,
         step=pile,
         train=train_anew,
     )
+
+
+def new_pairs(shapes: Shapes, package: Bundle, reply: Bundle) -> Mapping[str, Shapes]:
+    """Pairs of the client's rank, whatever the residual that it was sent."""
+    rank = package.facts["rank"]
+    assert isinstance(rank, int)
+    return {"shared": cut_shapes(shapes, rank)}
 
 
 def open_empty(method: Method, server: Server, ask: Ask) -> None:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fedgraft.aggregation.low_rank_merges import by_product_norm, cut, padded_mean, take
 from fedgraft.aggregation.merges import by_examples
+from fedgraft.aggregation.replies import Form, as_packed, shapes_of
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
-from fedgraft.methods._low_rank import BY_PRODUCT, Ranks, absorb_factors, ranks_of
+from fedgraft.grafts.lora import Shapes
+from fedgraft.methods._low_rank import BY_PRODUCT, Ranks, absorb_factors, cut_shapes, ranks_of
 from fedgraft.methods.method import Method, Surroundings
 from fedgraft.training.client import Client
 from fedgraft.training.fit import Fit
@@ -53,7 +55,7 @@ def build(
         return replace(method, pack=pack, merge=padded_mean(surroundings.lora.rank, WEIGHTS[weights]))
 
     local = plain if decay == 1 else pruning(decay, strength)
-    return Method(settle=settle, needs_mean=BY_PRODUCT, local=local, absorb=absorb_ranks, step=take)
+    return Method(settle=settle, needs_mean=BY_PRODUCT, local=local, sent=pruned_once(decay), absorb=absorb_ranks, step=take)
 
 
 def pruning(decay: float, strength: float) -> LocalRule:
@@ -62,7 +64,7 @@ def pruning(decay: float, strength: float) -> LocalRule:
     def run(client: Client, start: Mapping[str, Tensor], round_number: int, lr: float) -> Fit:
         """All leaves together, with a penalty on the last ranks; a client drops those once they have become smaller."""
         rank = _rank(start)
-        left = max(1, int(decay * rank))
+        left = _left(rank, decay)
 
         def penalty(leaves: Mapping[str, Tensor]) -> Tensor:
             return strength * tail(leaves, left)
@@ -73,6 +75,21 @@ def pruning(decay: float, strength: float) -> LocalRule:
         return replace(result, tree=cut(result.tree, left), moments={name: {} for name in result.moments})
 
     return run
+
+
+def pruned_once(decay: float) -> Form:
+    """Leaves of the rank that a client was sent, or of what pruning leaves of it."""
+
+    def form(shapes: Shapes, package: Bundle, reply: Bundle) -> Mapping[str, Shapes]:
+        due = as_packed(shapes, package, reply)["shared"]
+        pruned = cut_shapes(due, _left(_rank(package.tree("shared")), decay))
+        return {"shared": pruned if shapes_of(reply.tree("shared")) == pruned else due}
+
+    return form
+
+
+def _left(rank: int, decay: float) -> int:
+    return max(1, int(decay * rank))
 
 
 def tail(leaves: Mapping[str, Tensor], left: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedgraft.address import is_residual, nothing, within
 from fedgraft.aggregation.merges import Merge, Update, by_examples
+from fedgraft.aggregation.replies import Form, as_packed, no_leaves
 from fedgraft.aggregation.server import Ask, Reply, Server
 from fedgraft.aggregation.server_steps import ServerStep, replace
 from fedgraft.bundle import Bundle, Fact
@@ -229,6 +230,10 @@ class Method:
     """What the server sends for the shared leaves, at its largest; a client sends the shared leaves themselves."""
     passes: int = 1
     """Times that a client goes over the batches of a round, forward and backward."""
+    sent: Form = as_packed
+    """The leaves that a reply to `train` must hold; another one is lost."""
+    grown: Form = no_leaves
+    """Those of a reply to `graft`."""
     row_wise: bool = False
     """Rows are predicted in ways of their own, by their prompts: its `Prediction` has `shares`."""
     needs_mean: str = ""

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from fedgraft.aggregation.merges import by_examples, uniform
+from fedgraft.aggregation.replies import as_packed
 from fedgraft.aggregation.server import Reply, Server
 from fedgraft.bundle import Bundle
+from fedgraft.grafts.lora import Shapes
 from fedgraft.methods.method import Method, absorb_updates, train_round
 from fedgraft.training.client import Client
 from fedgraft.training.fit import Fit
@@ -35,6 +37,7 @@ def build(weighted: bool = False) -> Method:
         absorb=absorb,
         train=train,
         wire_copies=2,
+        sent=with_control,
         needs_mean="corrects gradients by a mean over the clients, which only a mean of their leaves agrees with",
     )
 
@@ -61,6 +64,12 @@ def absorb(method: Method, server: Server, replies: Iterator[Reply]) -> None:
     absorb_updates(method, server, passing())
     before: Any = server.state.facts.get("heard", {})
     server.state = Bundle(trees={**server.state.trees, "control": control}, facts={**server.state.facts, "heard": {**before, **heard}})
+
+
+def with_control(shapes: Shapes, package: Bundle, reply: Bundle) -> Mapping[str, Shapes]:
+    """The shared leaves and as many changes of c_i."""
+    shared = as_packed(shapes, package, reply)["shared"]
+    return {"shared": shared, "control": shared}
 
 
 def train(method: Method, client: Client, package: Bundle) -> Bundle:

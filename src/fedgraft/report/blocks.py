@@ -19,9 +19,16 @@ class Grid:
     """The first cell of each row is its heading."""
     feet: Sequence[Sequence[str]] = ()
     """Summary rows below a rule."""
-    groups: int = 0
-    """So many rows belong together, the first of them leading."""
+    leading: Sequence[int] = ()
+    """Numbers of the rows to which those that follow belong."""
     numeric: bool = True
+    sortable: bool = True
+    """False where the order of the rows says something, as that of steps does."""
+
+    @property
+    def sorts(self) -> bool:
+        """Whether the reader may order the rows: some rows of figures, none of which belongs to another."""
+        return self.sortable and self.numeric and not self.leading and len(self.rows) > 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from fedgraft.plugins import nearest
 from fedgraft.report.groups import Group, grouped
 from fedgraft.report.record import Record
 from fedgraft.report.shaping import flat
-from fedgraft.report.table import FIGURES
+from fedgraft.report.table import described, possible
 
 SPLIT = "validation"
 APART = ("seed", "evaluation.")
@@ -51,8 +51,8 @@ def choose(records: Sequence[Record], figure: str) -> list[Choice]:
         ValueError: an unknown figure; a run evaluated on other than validation rows, or not at all; candidates of one method that were
             evaluated on different rows or have no seed in common.
     """
-    if figure not in FIGURES:
-        raise ValueError(f"--choose {figure}: no such figure{nearest(figure, list(FIGURES))}; there are: {', '.join(FIGURES)}")
+    if figure not in (known := possible(records)):
+        raise ValueError(f"--choose {figure}: no such figure{nearest(figure, known)}; there are: {', '.join(known)}")
     check_validation(records)
     methods: dict[str, list[Group]] = {}
     for group in grouped(records):
@@ -82,7 +82,7 @@ def _best(method: str, groups: Sequence[Group], figure: str) -> Choice:
     if not seeds:
         raise ValueError(f"method {method!r}: its runs have no seed in common in which {figure!r} of their personal models was measured")
     values = [statistics.fmean(statistics.fmean(found[seed].values()) for seed in seeds) for found in by_seed]
-    sign = -1 if FIGURES[figure][1] else 1
+    sign = -1 if described(figure)[1] else 1
     order = sorted(range(len(groups)), key=lambda at: sign * values[at])
     settings = _settings(groups)
     return Choice(

@@ -18,6 +18,8 @@ WIDTH, HEIGHT = 420.0, 268.0
 LEFT, RIGHT, TOP, BOTTOM = 54.0, 14.0, 30.0, 44.0
 STYLES = 8  # distinct series of the style sheet: s0 ... s7; beside them base, mean and many
 POINTS = 400  # of one curve; more cannot be told apart at this width
+SERIES = "data-series"
+BANDS = 3  # shaded at once; of more, each is shaded when the reader brings out its series
 ROWS = 100  # clients in a drawing with a line for each
 NAME = 26  # characters of a name that a drawing shows; tables show all
 Point = tuple[float, float]
@@ -30,6 +32,8 @@ class Series:
     label: str
     style: str
     points: Sequence[Point]
+    band: Sequence[Point] = ()
+    """(lowest, highest) behind each point, shaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ def curves(
     title: str,
     description: str,
     series: Sequence[Series],
-    data: Grid,
+    data: Grid | None,
     *,
     x_title: str,
     y_title: str,
@@ -78,14 +82,28 @@ def curves(
     caption: str = "",
 ) -> Figure:
     """Curves over rounds `x` = (first, last), the last series on top; `zero`: the y axis starts there."""
-    values = [value for one in series for _, value in one.points if math.isfinite(value)] or [0.0]
+    told = [value for one in series for _, value in one.points] + [value for one in series for ends in one.band for value in ends]
+    values = [value for value in told if math.isfinite(value)] or [0.0]
     y_ticks = ticks(0.0 if zero else min(values), max(values))
     x = x if x[0] < x[1] else (x[0] - 0.5, x[1] + 0.5)
     x_ticks = [tick for tick in ticks(*x) if tick == int(tick) and x[0] <= tick <= x[1]]
     axes = Axes(x=x, y=(y_ticks[0], y_ticks[-1]))
-    drawn = "".join(element("path", f"line {one.style}", d=path) for one in series for path in _paths(axes, one.points))
+    tags = _tags(series)
+    quiet = " quiet" if sum(bool(one.band) for one in series) > BANDS else ""
+    shaded = "".join(
+        element("path", f"band {one.style}{quiet}", d=path, **tag)
+        for one, tag in zip(series, tags, strict=True)
+        for path in _bands(axes, one)
+    )
+    drawn = "".join(
+        element("path", f"line {one.style}", d=path, **tag)
+        for one, tag in zip(series, tags, strict=True)
+        for path in _paths(axes, one.points)
+    )
     marked = "".join(
-        _mark(one.style, *axes.at(one.points[0])) for one in series if len(one.points) == 1 and math.isfinite(one.points[0][1])
+        _mark(one.style, *axes.at(one.points[0]), **tag)
+        for one, tag in zip(series, tags, strict=True)
+        if len(one.points) == 1 and math.isfinite(one.points[0][1])
     )
     curved = any(len(one.points) > 1 for one in series)
     legend = [
@@ -97,7 +115,7 @@ def curves(
         name=name,
         title=title,
         description=description,
-        svg=axes.frame(x_title, y_title, x_ticks, y_ticks) + drawn + marked,
+        svg=axes.frame(x_title, y_title, x_ticks, y_ticks) + shaded + drawn + marked,
         width=WIDTH,
         height=HEIGHT,
         caption=caption,
@@ -115,7 +133,8 @@ def scatter(name: str, title: str, description: str, series: Sequence[Series], d
         name=name,
         title=title,
         description=description,
-        svg=axes.frame(x_title, y_title, x_ticks, y_ticks) + "".join(_mark(s.style, *axes.at(point)) for s in series for point in s.points),
+        svg=axes.frame(x_title, y_title, x_ticks, y_ticks)
+        + "".join(_mark(one.style, *axes.at(point), **tag) for one, tag in zip(series, _tags(series), strict=True) for point in one.points),
         width=WIDTH,
         height=HEIGHT,
         legend=[Legend(mark=_mark(one.style, 15, 6), label=one.label) for one in series],
@@ -138,7 +157,7 @@ def dots(
     left = label_width(rows)
     x_ticks = ticks(min(values), max(values), 4)
     axes = Axes(x=(x_ticks[0], x_ticks[-1]), y=(len(rows) - 0.4, -0.6), height=8 + 22.0 * len(rows) + BOTTOM, left=left, top=8.0)
-    parts = []
+    parts, columns = [], list(styles)
     for number, (client, row) in enumerate(rows.items()):
         at = {column: axes.at((value, number)) for column, value in row.items() if column in styles and math.isfinite(value)}
         _, y = axes.at((x_ticks[0], number))
@@ -146,7 +165,7 @@ def dots(
         parts.append(element("text", "tick end", short(client), x=left - 10, y=y + 4))
         if at:
             parts.append(element("line", "span", x1=min(x for x, _ in at.values()), x2=max(x for x, _ in at.values()), y1=y, y2=y))
-        parts.extend(_mark(styles[column], *point) for column, point in at.items())
+        parts.extend(_mark(styles[column], *point, **{SERIES: columns.index(column)}) for column, point in at.items())
     return Figure(
         name=name,
         title=title,
@@ -186,6 +205,19 @@ def _paths(axes: Axes, points: Sequence[Point]) -> Iterator[str]:
             yield "M" + "L".join("{:.1f} {:.1f}".format(*axes.at(point)) for point in stretch)
 
 
+def _bands(axes: Axes, series: Series) -> Iterator[str]:
+    """What is shaded behind a curve: along the highest values and back along the lowest, between gaps."""
+    if not series.band:
+        return
+    edges = [(x, *ends) for (x, _), ends in zip(series.points, series.band, strict=True)]
+    kept = edges[:: max(1, math.ceil(len(edges) / POINTS))]
+    for whole, stretch in groupby(kept, key=lambda edge: math.isfinite(edge[1]) and math.isfinite(edge[2])):
+        if whole:
+            side = list(stretch)
+            round_trip = [(x, high) for x, _, high in side] + [(x, low) for x, low, _ in reversed(side)]
+            yield "M" + "L".join("{:.1f} {:.1f}".format(*axes.at(point)) for point in round_trip) + "z"
+
+
 SHAPES = (  # so that series are told apart without colours
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
     "M-4 -4h8v8h-8z",
@@ -195,9 +227,16 @@ SHAPES = (  # so that series are told apart without colours
 CROSS = "M-1.6 -5.6h3.2v4h4v3.2h-4v4h-3.2v-4h-4v-3.2h4z"  # for styles without a number
 
 
-def _mark(style: str, x: float, y: float) -> str:
-    shape = SHAPES[int(style[1:]) % len(SHAPES)] if style[1:].isdigit() else CROSS
-    return element("path", f"mark {style}", d=shape, transform=f"translate({x:.1f} {y:.1f})")
+def _mark(style: str, x: float, y: float, **attributes: Any) -> str:
+    number = style.split(maxsplit=1)[0][1:]
+    shape = SHAPES[(int(number) + int(number) // len(SHAPES)) % len(SHAPES)] if number.isdigit() else CROSS
+    return element("path", f"mark {style}", d=shape, transform=f"translate({x:.1f} {y:.1f})", **attributes)
+
+
+def _tags(series: Sequence[Series]) -> list[dict[str, Any]]:
+    """For each series what names its entry in the legend, by which the reader brings it out; nothing without one."""
+    labelled = [one for one in series if one.label]
+    return [{SERIES: labelled.index(one)} if one.label and len(labelled) > 1 else {} for one in series]
 
 
 def _number(value: float, among: Sequence[float]) -> str:

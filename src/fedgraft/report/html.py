@@ -1,10 +1,13 @@
-"""The page of a run and of a comparison: one file without scripts that needs no network, made from records alone.
+"""The page of a run and of a comparison: one file that needs no network, made from records alone.
 
-The same record gives the same bytes, and nothing in a run's page depends on where its folder lies.
+Its one script (`assets/report/page.js`) is written into it, and the page's policy lets no other run. The same record gives the same bytes,
+and nothing in a run's page depends on where its folder lies.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedgraft import files
-from fedgraft.report import comparison, expert_sections, over_seeds, sections, training_sections
+from fedgraft.report import (
+    comparison,
+    cost_sections,
+    expert_sections,
+    over_seeds,
+    routing_sections,
+    sections,
+    side_by_side,
+    training_sections,
+    transfer_sections,
+)
 from fedgraft.report.blocks import Facts, Page
 from fedgraft.report.record import Record, check_one_split
 from fedgraft.report.shaping import shown
@@ -27,9 +40,12 @@ RUN: tuple[sections.RunSection, ...] = (
     sections.quality,
     training_sections.training,
     expert_sections.experts,
-    expert_sections.gates,
+    routing_sections.gates,
+    routing_sections.routing,
+    transfer_sections.others,
+    transfer_sections.unseen,
     sections.data,
-    expert_sections.traffic_and_time,
+    cost_sections.traffic_and_time,
     sections.settings,
     sections.environment,
     sections.reproduce,
@@ -38,8 +54,12 @@ COMPARISON: tuple[comparison.ComparisonSection, ...] = (
     comparison.runs,
     comparison.quality,
     comparison.training,
+    side_by_side.experts,
+    side_by_side.unseen,
+    side_by_side.data,
     comparison.price,
     comparison.differences,
+    side_by_side.environment,
     comparison.reproduce,
 )
 
@@ -48,10 +68,11 @@ def run_page(record: Record) -> str:
     """The page of one run, however far it has come."""
     model = str(record.recipe.get("model", {}).get("name", "unknown model"))
     planned, done = record.recipe.get("federation", {}).get("rounds", "?"), len(record.rounds)
-    clients = len(record.environment.get("clients", {}) or record.results or record.selection)
+    unseen = len(record.further.get("unseen", {}))
+    clients = len(record.environment.get("clients", {})) - unseen or len(record.results or record.selection)
     items = [
         ("state", "finished" if record.finished else "stopped before its end" if done else "stopped before its first round"),
-        ("clients", str(clients) if clients else "unknown"),
+        ("clients", f"{clients}{f', and {unseen} unseen' if unseen else ''}" if clients else "unknown"),
         ("rounds", f"{done} of {planned}"),
         ("seed", shown(record.recipe.get("seed"))),
         ("started", str(record.environment.get("started", "unknown"))),
@@ -95,8 +116,9 @@ def comparison_page(records: Sequence[Record], baseline: str | None = None) -> s
 
 def render(page: Page) -> str:
     """The document of a page."""
-    style = (resources.files("fedgraft") / "assets" / "report" / "style.css").read_text(encoding="utf-8")
-    return _templates().get_template("page.html.j2").render(page=page, style=style, mark=MARK)
+    style, script = (_asset(name) for name in ("style.css", "page.js"))
+    digest = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _templates().get_template("page.html.j2").render(page=page, style=style, script=script, script_digest=digest, mark=MARK)
 
 
 def write_page(path: Path, document: str) -> None:
@@ -120,6 +142,10 @@ def leave_page(folder: Path) -> None:
     except (Exception, KeyboardInterrupt) as error:
         reason = str(error) or type(error).__name__
         logging.getLogger(__name__).warning("%s was not written (%s); the run itself is not affected", folder / NAME, reason)
+
+
+def _asset(name: str) -> str:
+    return (resources.files("fedgraft") / "assets" / "report" / name).read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=1)

@@ -77,17 +77,16 @@ class SeedTable:
 
 
 def seed_tables(records: Sequence[Record], baseline: str | None = None) -> list[SeedTable]:
-    """One table per measured figure; the reference is the group `baseline`, else the first.
+    """One table per measured figure; the reference is the group `baseline`, else the first that has the figure.
 
     Raises:
         ValueError: no group has that name.
     """
     groups = grouped(records)
     names = [group.name for group in groups]
-    reference = names[0] if baseline is None and names else baseline
-    if reference not in names:
-        raise ValueError(f"--baseline {reference}: no such group{nearest(str(reference), names)}; there are: {', '.join(names)}")
-    tables = [_table(figure, groups, str(reference)) for figure in possible(records)]
+    if baseline is not None and baseline not in names:
+        raise ValueError(f"--baseline {baseline}: no such group{nearest(baseline, names)}; there are: {', '.join(names)}")
+    tables = [_table(figure, groups, baseline) for figure in possible(records)]
     return [table for table in tables if table.rows]
 
 
@@ -107,9 +106,10 @@ def section(records: Sequence[Record], baseline: str | None = None) -> list[Sect
     return [Section(name="seeds", title="Over seeds", blocks=[*tables, Note(text=EXPLANATION)])]
 
 
-def _table(figure: str, groups: Sequence[Group], baseline: str) -> SeedTable:
+def _table(figure: str, groups: Sequence[Group], wanted: str | None) -> SeedTable:
     title, _, digits = described(figure)
     measured = {group.name: values for group in groups if (values := group.by_seed("personal", figure))}
+    baseline = wanted or next(iter(measured), "")
     others = [name for name in measured if name != baseline and baseline in measured]
     compared = paired.corrected([paired.compare(measured[name], measured[baseline]) for name in others])
     against = dict(zip(others, compared, strict=True))

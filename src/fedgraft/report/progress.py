@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from fedgraft.words import labelled
@@ -80,6 +80,14 @@ def part_text(title: str, done: int, total: int, loss: float | None, note: str) 
     """One line on the step in hand."""
     words = [title, note, f"{done:,}/{total:,}", "" if loss is None else f"loss {loss:.3f}"]
     return "  ".join(word for word in words if word)
+
+
+def reply_text(round_number: int, client: str, facts: Mapping[str, Any]) -> str:
+    """One line on a reply."""
+    if "calibration_tokens" in facts:
+        return f"{client}  {facts['calibration_tokens']:,} calibration tokens (the paper's runs: 262,144)"
+    loss = facts.get("loss")
+    return f"round {round_number + 1}  {client}  loss {loss:.3f}" if isinstance(loss, float) else client
 
 
 class Lines:

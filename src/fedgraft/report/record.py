@@ -20,6 +20,7 @@ SCHEMA = 1
 SWEEP = "sweep.json"
 FURTHER = ("summary", "experts", "unseen", "cross")
 FINISH = "finish.json"
+COST = "cost.json"
 CHOICE = ("experts", "errors", "calibration_tokens")
 """What is kept of a client's choice of experts."""
 QUOTE = shlex.quote if os.name == "posix" else lambda word: subprocess.list2cmdline([word])  # as the shell at hand reads it
@@ -42,6 +43,9 @@ class Record:
     digest: str
     further: dict[str, Any] = field(default_factory=dict)
     """The other parts of `results.json`, where measured: `summary`, `experts`, `unseen`, `cross`."""
+    spending: dict[str, Any] = field(default_factory=dict)
+    """`account`: what is trained and what a token costs; `sessions`: each that ended in order, how far it came (`rounds`, `finished`),
+    its `seconds` by phase and peaks of memory."""
     split: str = ""
     """Which rows the figures are of, as `results.json` says: `validation` or `test`; empty before the end."""
 
@@ -66,6 +70,7 @@ class Record:
             selection=read_document(folder / "selection.json").get("clients", {}),
             results=results["clients"] if finished else {},
             digest=files.read_text(folder / "digest.txt").strip() if finished else "",
+            spending=read_document(folder / COST),
             further={part: results[part] for part in FURTHER if part in results} if finished else {},
             split=str(results.get("split", "")) if finished else "",
         )

@@ -6,13 +6,15 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from fedgraft.report.blocks import Block, Commands, Facts, Grid, Note, Section
-from fedgraft.report.figures import dots
+from fedgraft.report.bars import stacked
+from fedgraft.report.blocks import Block, Commands, Facts, Figure, Grid, Note, Section
+from fedgraft.report.figures import STYLES, dots
 from fedgraft.report.record import Record
 from fedgraft.report.shaping import RESUME, absent, flat, grid, headline, shown, styles
 from fedgraft.report.table import run_tables
 
 RunSection: TypeAlias = Callable[[Record], Section]
+OTHERS = "all other categories"
 CATEGORIES = 12  # columns of the data table; beyond, each client's largest categories are named
 MODELS = (
     "base is the untouched model, shared has the aggregated leaves alone, trained is the client's model before aggregation, "
@@ -51,7 +53,36 @@ def data(record: Record) -> Section:
     table = Grid(caption="Training rows of each client by category, and rows cut to the longest length", columns=columns, rows=rows)
     longest = record.recipe.get("data", {}).get("max_length", "the longest length")
     text = f"A row of more than {longest} tokens is cut, its context first. Training counts a row each time it is drawn."
-    return Section(name="data", title="Data", blocks=[table, Note(text=text)])
+    return Section(name="data", title="Data", blocks=[table, partition(held, alone=not narrow), Note(text=text)])
+
+
+def partition(held: Mapping[str, Mapping[str, int]], *, alone: bool) -> Figure:
+    """Who has what, as bars; `alone`: no table with a column for each category stands beside it, so it has the counts itself."""
+    kinds = sorted({kind for counts in held.values() for kind in counts})
+    totals = {kind: sum(counts.get(kind, 0) for counts in held.values()) for kind in kinds}
+    leading = sorted(kinds, key=lambda kind: (-totals[kind], kind))[: STYLES - (len(kinds) > STYLES)]
+    rows = {client: {kind: float(counts.get(kind, 0)) for kind in leading} for client, counts in held.items()}
+    parts = list(leading)
+    if len(kinds) > STYLES:
+        parts.append(OTHERS)
+        for client, counts in held.items():
+            rows[client][OTHERS] = float(sum(counts.values())) - sum(rows[client].values())
+    sizes = [sum(counts.values()) for counts in held.values()]
+    most, least = max(sizes), min(sizes)
+    rows_told = f"{most:,}" if most == least else f"{least:,} to {most:,}"
+    single = sum(sum(count > 0 for count in counts.values()) == 1 for counts in held.values())
+    text = f"{len(held)} clients with {rows_told} training rows each, of {len(kinds)} categories; {single or 'none'} with a single one."
+    told = [[client, *(f"{row[part]:,.0f}" for part in parts)] for client, row in rows.items()]
+    table = Grid(caption="Training rows by the largest categories", columns=["client", *parts], rows=told)
+    return stacked(
+        "partition",
+        "Who has what",
+        text,
+        rows,
+        parts,
+        x_title="training rows",
+        data=table if alone else None,
+    )
 
 
 def settings(record: Record) -> Section:

@@ -7,9 +7,8 @@ from typing import Any
 
 from fedgraft import intervals, seeds
 from fedgraft.report.record import gain, summary
-from fedgraft.report.table import FIGURES
+from fedgraft.report.table import described, figures_of
 
-HIGHER_IS_BETTER = {"gain": True, **{figure: higher for figure, (_, higher, _) in FIGURES.items()}}
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
@@ -23,7 +22,8 @@ def summarise(results: Results, seed: int, resamples: int) -> dict[str, dict[str
     models = list(dict.fromkeys(model for client in results.values() for model in client))
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for model in models:
-        for figure, higher in HIGHER_IS_BETTER.items():
+        for figure in ("gain", *figures_of(results)):
+            higher = figure == "gain" or described(figure)[1]
             values = _values(results, model, figure)
             if values:
                 rng = seeds.numpy_rng(seed, "bootstrap of clients", figure)

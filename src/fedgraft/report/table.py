@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ Columns = dict[str, dict[str, float]]
 """Column (or row of a summary) -> client (or column) -> value."""
 METRICS = {"acc": "accuracy", "acc_norm": "accuracy by likelihood per character"}
 LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "brier_score", "wer", "ter")  # of lm-eval's metrics
+FROM, TO = "mean, 95 % from", "mean, 95 % to"
 MODELS = ("base", "shared", "trained", "personal")  # as columns from left to right
 
 
@@ -53,7 +54,12 @@ def described(figure: str) -> tuple[str, bool, int]:
 
 def possible(records: Sequence[Record]) -> list[str]:
     """The figures there can be: those of every run, then those of the tasks that these were asked."""
-    models = [figures for record in records for client in record.results.values() for figures in client.values()]
+    return list(dict.fromkeys(figure for results in ({}, *(record.results for record in records)) for figure in figures_of(results)))
+
+
+def figures_of(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """The same for figures by client and model."""
+    models = [figures for client in results.values() for figures in client.values()]
     return [*FIGURES, *dict.fromkeys(figure for figures in models for figure in figures if "/" in figure)]
 
 
@@ -86,17 +92,18 @@ def run_tables(record: Record) -> list[Table]:
     tables = []
     for figure in possible([record]):
         table = _table(figure, {model: record.figures(model, figure) for model in models}, {"base": record.figures("base", figure)})
-        table.summary.update(_intervals(record, figure, table.columns))
+        table.summary.update(_intervals(record, figure, {model: model for model in table.columns}))
         tables.append(table)
     return [table for table in tables if table.columns]
 
 
-def _intervals(record: Record, figure: str, models: Sequence[str]) -> Columns:
-    """The ends of the interval of the mean over these clients, whose rows alone were drawn."""
-    known = {model: record.further.get("summary", {}).get(model, {}).get(figure, {}).get("interval_rows") for model in models}
-    ends = {model: interval for model, interval in known.items() if interval}
-    rows = {f"mean, 95 % {word}": {model: interval[at] for model, interval in ends.items()} for at, word in enumerate(("from", "to"))}
-    return rows if ends else {}
+def _intervals(record: Record, figure: str, models: Mapping[str, str]) -> Columns:
+    """The ends of the interval of the mean over these clients, whose rows alone were drawn. `models`: column -> model of the record."""
+    known = {
+        column: record.further.get("summary", {}).get(model, {}).get(figure, {}).get("interval_rows") for column, model in models.items()
+    }
+    ends = {column: interval for column, interval in known.items() if interval}
+    return {row: {column: interval[at] for column, interval in ends.items()} for at, row in enumerate((FROM, TO))} if ends else {}
 
 
 def further_tables(record: Record) -> list[Table]:
@@ -129,7 +136,7 @@ def further_tables(record: Record) -> list[Table]:
 def compare_tables(records: Sequence[Record]) -> list[Table]:
     """One table per figure: clients x runs, the base model first; each run is its `personal` model.
 
-    Runs that differ only in their seed are one column, a client's value being its mean over the seeds.
+    Runs that differ only in their seed are one column, a client's value being its mean over the seeds; the others have their interval.
     """
     groups = grouped(records)
     local = next((group for group in groups if group.runs[0].method == "local"), None)
@@ -137,7 +144,14 @@ def compare_tables(records: Sequence[Record]) -> list[Table]:
     for figure in possible(records):
         base = next((values for group in groups if (values := group.figures("base", figure))), {})
         references = {"base": base, **({"local": local.figures("personal", figure)} if local is not None else {})}
-        tables.append(_table(figure, {"base": base, **{group.name: group.figures("personal", figure) for group in groups}}, references))
+        table = _table(figure, {"base": base, **{group.name: group.figures("personal", figure) for group in groups}}, references)
+        ends: Columns = {FROM: {}, TO: {}}
+        for group in groups:
+            if len(group.runs) == 1:  # of several seeds no interval over rows is known
+                for row, told in _intervals(group.runs[0], figure, {group.name: "personal"}).items():
+                    ends[row].update(told)
+        table.summary.update({row: told for row, told in ends.items() if told})
+        tables.append(table)
     return [table for table in tables if table.columns]
 
 
