@@ -298,7 +298,7 @@ def standing(folder: Path, sites: int, workers: bool) -> Iterator[tuple[Federati
         _await(lambda: all(node.status == "online" for node in control.nodes()))
         control.close()
         family = psutil.Process(coordinator.pid).children(recursive=True)
-        yield made, next(process for process in family if "fedgraft.engine.superlink" in process.cmdline())
+        yield made, next(process for process in family if "fedgraft.deployment.link" in process.cmdline())
 
 
 def _start_site(stack: ExitStack, home: Path, path: str, workers: bool) -> Path:

@@ -43,6 +43,12 @@ Every client has 50 rows of about 1,000 characters.""",
 batched `generate` on the base model with the same prompts in the order of the rows; the answers of the base are compared and must be the
 same. `generation_personal` writes with a client's LoRA, grafted expert and gate in place. The two take turns client by client.""",
     ),
+    "Serving eight clients at once": (
+        ("serve_mixed", "serve_queued"),
+        """40 requests of eight clients to `fedgraft serve` on the embedded base, five of each, over HTTP, greedy, of up to 48 tokens.
+`serve_mixed` keeps eight requests open, mixed in one batch; `serve_queued` hands over all at once (batches of 16). Each is set against the
+same requests one by one at the same server; they take turns, and the answers are compared and must be the same.""",
+    ),
     "Over Flower's servers": (
         ("flower_5MB", "flower_100MB"),
         """One question to two sites and their answers, with a payload of that size each way: one SuperLink and two SuperNodes on loopback,

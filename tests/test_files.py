@@ -131,3 +131,31 @@ def test_the_lock_of_a_killed_process_is_gone_with_it(tmp_path):
         holder.wait()
         with files.locked(tmp_path):
             pass
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "deep" / "out"
+
+    def write(fail):
+        with files.whole_folder(out) as aside:
+            assert not out.exists()
+            (aside / "inner").mkdir()
+            (aside / "inner" / "x").write_text("1")
+            if fail:
+                raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        write(fail=True)
+    assert list(out.parent.iterdir()) == []
+    write(fail=False)
+    assert (out / "inner" / "x").read_text() == "1"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    with pytest.raises(ValueError, match="never overwritten"):
+        write(fail=False)
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    with files.whole_folder(tmp_path / "out") as aside:
+        (aside / "x").write_text("1")
+    assert (tmp_path / "out" / "x").is_file()

@@ -57,7 +57,7 @@ def section(records: list[Record]) -> str:
         groups[label].append(record)
     shown = [figure for figure in FIGURES if any(record.figures("personal", figure) for record in records)]
     clients = sorted({client for record in records for client in record.results})
-    rows = [("base", "base", [record for record in records if record.figures("base", "loss")])]
+    rows = [("base", "base", measured)] if (measured := [record for record in records if record.figures("base", "loss")]) else []
     rows += [(label, "personal", group) for label, group in groups.items()]
     lines = [
         "| run | seeds | " + " | ".join(FIGURES[figure][0] for figure in shown) + " | MB up a round |",

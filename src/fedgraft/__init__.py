@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedgraft.recipe import Recipe, load_recipe
     from fedgraft.runner import resume, run
+    from fedgraft.use.load import load
+    from fedgraft.use.loaded import Loaded
 
-__all__ = ["Recipe", "__version__", "load_recipe", "resume", "run"]
+__all__ = ["Loaded", "Recipe", "__version__", "load", "load_recipe", "resume", "run"]
 __version__ = "0.1.0"
 
 PUBLIC = {
@@ -21,6 +23,8 @@ PUBLIC = {
     "load_recipe": "fedgraft.recipe",
     "run": "fedgraft.runner",
     "resume": "fedgraft.runner",
+    "load": "fedgraft.use.load",
+    "Loaded": "fedgraft.use.loaded",
 }
 
 

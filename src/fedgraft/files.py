@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,33 @@ def append_line(path: Path, value: Any) -> None:
         except OSError:
             sink.truncate(before)  # as a full disk leaves half a line, to which the next one would be joined
             raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` at the end of the block; after an error nothing is left.
+
+    Raises:
+        ValueError: `path` holds something already, or is a file.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path}: exists and is never overwritten; choose another --out")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _naming(path):
+        aside.mkdir(parents=True)
+    try:
+        yield aside
+        with deferred(), _naming(path):
+            for written in aside.rglob("*"):
+                if written.is_file():
+                    with written.open("rb+") as content:
+                        os.fsync(content.fileno())
+            if path.exists():
+                path.rmdir()  # Windows renames over no folder, not even an empty one
+            os.replace(aside, path)
+            _flush_folder(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_text(path: Path) -> str:

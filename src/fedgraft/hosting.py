@@ -12,6 +12,7 @@ import torch
 
 from fedgraft import __version__
 from fedgraft.address import place_of
+from fedgraft.aggregation.server import Server
 from fedgraft.bundle import Bundle
 from fedgraft.data.partition import SAFE_NAME, ClientData, check_rows, data_digest, load_clients, pooled, split_rows, training_counts
 from fedgraft.engine.card import Card
@@ -27,11 +28,33 @@ from fedgraft.recipe import Recipe, check_values
 from fedgraft.training.client import Client, MemoryStore, Report, unheard
 from fedgraft.training.fit import NotFiniteError
 from fedgraft.training.settings import TrainingSettings
+from fedgraft.transforms.compression import compressed
+from fedgraft.tree import Tree
 
 
 def training_of(recipe: Recipe, method: Method, clients: int) -> TrainingSettings:
     """How a site trains in a run of so many clients."""
     return recipe.training.for_pool(recipe.federation.clients_of(clients)) if method.pooled else recipe.training
+
+
+def server_of(recipe: Recipe, training: TrainingSettings, sites: list[str], fresh_shared: Callable[[], Tree]) -> Server:
+    """The coordinator's side of a run, still without a state.
+
+    Args:
+        recipe: the run.
+        training: how its sites train.
+        sites: names of who trains.
+        fresh_shared: makes new leaves of everything in `lora.targets`.
+    """
+    return Server(
+        clients=sites,
+        seed=recipe.seed,
+        federation=recipe.federation,
+        lr=recipe.training.lr,
+        lr_min=recipe.training.lr_min,
+        fresh_shared=fresh_shared,
+        steps=lambda number, client: training.steps_of(recipe.seed, number, client),
+    )
 
 
 class Holdings:
@@ -102,8 +125,10 @@ class Holdings:
             ValueError: the method cannot do what it was asked to on this model.
         """
         method = settled(self.method, self.base, self.recipe.lora, list(names))
+        questions = site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends)
+        questions["train"] = compressed(self.recipe.compression, questions["train"])
         return Site(
-            questions=site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends) | {"router": _router},
+            questions=questions | {"router": _router},
             open_client=self.open,
             store=MemoryStore(self.memories),
         )

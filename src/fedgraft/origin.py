@@ -41,7 +41,27 @@ def environment(base: str, cards: Sequence[Card], run: str) -> dict[str, Any]:
         "data_digest": hashlib.sha256("\n".join(digests.values()).encode()).hexdigest(),
         "client_digests": digests,
         "clients": {card.name: card.categories for card in cards},
+        "rows": {card.name: card.rows for card in cards},
     }
+
+
+def cards(folder: Path) -> list[Card]:
+    """The clients of the run in `folder` as they introduced themselves when it began, devices and threads as of one; [] of a new run."""
+    known = read_document(folder / "environment.json")
+    return [
+        Card(
+            name=name,
+            rows=rows,
+            categories=known["clients"][name],
+            data_digest=known["client_digests"][name],
+            base_digest=known["base_digest"],
+            base_notes=tuple(known["base_notes"]),
+            device=known["device"].partition(", ")[0],
+            threads=known["threads"][0] if isinstance(known["threads"], list) else known["threads"],
+            fedgraft=__version__,
+        )
+        for name, rows in known.get("rows", {}).items()
+    ]
 
 
 def run_id(folder: Path) -> str:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from fedgraft import __version__
+from fedgraft import __version__, origin
 from fedgraft.account.memory import workload
 from fedgraft.account.take import take_account
 from fedgraft.aggregation.replies import Due, usable
@@ -174,20 +174,22 @@ class Afar:
         self._done()
 
 
-def over(grid: Any, names: Mapping[int, str] | None = None) -> Connect:
+def over(grid: Any, names: Mapping[int, str] | None = None, admitted: Callable[[str], bool] = lambda client: True) -> Connect:
     """The nodes of a Flower grid (`flwr.serverapp.Grid`), for `runner.run` and `runner.resume` inside a ServerApp.
 
     Args:
         grid: the grid.
         names: node -> the client that its key belongs to; without them a node is whoever it says it is.
+        admitted: whether a client is let in at this moment; one that no longer is has left.
     """
 
     def connect(recipe: Recipe, folder: Path, run: str, listener: Listener) -> Afar:
         settings = recipe.engine
         if not isinstance(settings, FlowerSettings):
             raise ValueError(f"engine.name: {settings.name!r} does not run over sites elsewhere; set it to flower")
-        engine = _introduced(recipe, settings, listener, grid=grid, run=run, wanted=settings.clients, names=names or {})
-        return Afar(recipe, engine)
+        departed = [card for card in origin.cards(folder) if not admitted(card.name)]
+        known = {"names": names or {}, "admitted": admitted, "departed": departed}
+        return Afar(recipe, _introduced(recipe, settings, listener, grid=grid, run=run, wanted=settings.clients, **known))
 
     return connect
 

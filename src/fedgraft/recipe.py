@@ -25,6 +25,7 @@ from fedgraft.report.settings import RecordSettings
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
+from fedgraft.transforms.compression import CompressionSettings, NoCompression, check_compression
 from fedgraft.yaml_text import read_value, read_yaml
 
 METHOD_SECTIONS = frozenset({"lora", "graft", "selection"})
@@ -54,6 +55,7 @@ class Recipe(Section):
     selection: SelectionSettings = SelectionSettings()
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
+    compression: CompressionSettings = NoCompression()
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: EngineSettings = InProcessSettings()
     record: RecordSettings = RecordSettings()
@@ -85,6 +87,7 @@ class Recipe(Section):
             raise ValueError(explain(error, "method.")) from None
         assert isinstance(method, Method)
         method = self._with_merge(method)
+        check_compression(self.compression, method, self.method.name)
         for key in ("dropout", "deadline", "join") if method.pooled else ():
             if getattr(self.federation, key) != FederationSettings.model_fields[key].default:
                 raise ValueError(f"federation.{key}: method {self.method.name!r} pools the rows, so no client can be missing; remove it")

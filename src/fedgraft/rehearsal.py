@@ -36,6 +36,8 @@ class Rehearsal:
     """The one whose first batch went through the model."""
     loss: float
     """Its loss before training, nats per response token."""
+    keeps: int
+    """Bytes that kept replies will take at most; 0 where none are kept."""
 
 
 def rehearse(
@@ -67,7 +69,7 @@ def rehearse(
         stand.phase = "training"
         loss = _first_loss(session.method, first)
         session.progress.step(f"{first.name}  loss {loss:.3f}")
-    return Rehearsal(folder=folder, rows=rows, client=first.name, loss=loss)
+    return Rehearsal(folder=folder, rows=rows, client=first.name, loss=loss, keeps=session.kept.most)
 
 
 def _rows(session: Session, client: Client) -> Rows:

@@ -7,7 +7,6 @@ SIGTERM wait for the end of a commit.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,23 +19,26 @@ from fedgraft.account.memory import workload
 from fedgraft.account.take import shared_shapes, summary, take_account
 from fedgraft.aggregation import participation
 from fedgraft.aggregation.replies import Due, usable
-from fedgraft.aggregation.server import Reply, Server
+from fedgraft.aggregation.server import Reply
 from fedgraft.bundle import Bundle
 from fedgraft.evaluation.gather import due_replies, gather, replies
 from fedgraft.evaluation.knowledge import check_tasks
-from fedgraft.hosting import training_of
+from fedgraft.hosting import server_of, training_of
+from fedgraft.kept import Kept
 from fedgraft.methods.method import settled
 from fedgraft.reach import Connect, connecting
 from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
+from fedgraft.report.lines import drop_from, left_since, round_line
 from fedgraft.report.now import noting
 from fedgraft.report.progress import Progress, reply_text
-from fedgraft.report.record import CHOICE, Record, keep_finish, read_document, write_document
+from fedgraft.report.record import Record, keep_choices, keep_finish, write_document
 from fedgraft.report.recording import check, recording
 from fedgraft.report.spending import Spending
 from fedgraft.report.summary import summarise
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
+from fedgraft.transforms.compression import restored, summary_lines, widening
 from fedgraft.tree import digest_of_digests
 from fedgraft.trouble import Stand
 
@@ -75,6 +77,8 @@ class Session:
         self.replies: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         self.late: list[str] = []
+        self.told_left: set[str] = set()
+        self.kept = Kept(folder, recipe.engine.keep_replies)
         self.tell_recorders: Callable[[], None] = lambda: None
         self._begin("loading", 2)
         self.reach = (connect or connecting(recipe.engine))(recipe, folder, self.run, self)
@@ -97,16 +101,10 @@ class Session:
         self.due, self.shapes = due_replies(self.method), shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
         self.engine = self.reach.engine()
         self.progress.step("model")
-        self.progress.tell(summary(self.account))
-        self.server = Server(
-            clients=self.reach.sites,
-            seed=recipe.seed,
-            federation=recipe.federation,
-            lr=recipe.training.lr,
-            lr_min=recipe.training.lr_min,
-            fresh_shared=self.reach.fresh_adapters,
-            steps=lambda number, client: self.training.steps_of(recipe.seed, number, client),
-        )
+        each, federation = self.account.bytes_up() * widening(recipe.compression), recipe.federation
+        keeps = self.kept.plan(each, federation.clients_of(len(self.reach.sites)), federation.rounds)
+        self.progress.tell([*summary(self.account), *summary_lines(recipe.compression, self.shapes), *keeps])
+        self.server = server_of(recipe, self.training, self.reach.sites, self.reach.fresh_adapters)
 
     def go(self) -> Record:
         """From wherever the run stands to its end."""
@@ -148,11 +146,8 @@ class Session:
         self.stand.at = f"round {done} of {self.recipe.federation.rounds}"
         self.engine.asked = self.engine.committed = asked
         self.opened = True
-        rounds = self.folder / "rounds.jsonl"
-        kept = [line for line in files.read_lines(rounds) if line["round"] < done]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-        if rounds.exists() and rounds.read_bytes() != text.encode():  # also half a line
-            files.write_text(rounds, text)
+        self.kept.drop_from(done)
+        drop_from(self.folder / "rounds.jsonl", done)
         return done
 
     def environment(self) -> dict[str, Any]:
@@ -192,9 +187,14 @@ class Session:
         self.progress.step(f"round {self.server.round + 1}  {client}  {word}")
 
     def _ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
-        """The engine's ask; keeps each reply's facts for the record and reports progress."""
-        due = self.due.get(question, Due())
-        for reply in usable(self.engine.ask(question, packages), packages, due, self.shapes, self.lost):
+        """The engine's ask, whose replies are kept where the recipe wants it."""
+        return self.kept.keeping(question, self._heard(question, packages))
+
+    def _heard(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
+        """Replies in time; each one's facts are for the record, and progress is reported."""
+        due, heard = self.due.get(question, Due()), self.engine.ask(question, packages)
+        whole = restored(self.recipe.compression, heard, packages, self.lost) if question == "train" else heard
+        for reply in usable(whole, packages, due, self.shapes, self.lost):
             if reply.client in self.late:
                 self.progress.step(f"round {self.server.round + 1}  {reply.client}  too late")
                 continue
@@ -205,10 +205,27 @@ class Session:
     def _open(self) -> None:
         if "side" in self.method.places:
             self._begin("selection", len(self.server.present()))
+        self.kept.opening()
         self.method.open(self.method, self.server, self._ask)
-        self._keep_choices()
+        keep_choices(self.folder / "selection.json", self.replies)
+        self.kept.opened(self.server.state)
         self._commit()
         self.opened = True
+
+    def _leaving(self) -> list[str]:
+        """Clients that have withdrawn, nothing of which is in this round; tells of each once.
+
+        Raises:
+            ValueError: all of them have.
+        """
+        left = [name for name in self.reach.sites if name in self.engine.left and name not in self.replies]
+        for name in left:
+            if name not in self.told_left:
+                self.told_left.add(name)
+                self.progress.warn(f"client {name!r} has left the federation: nothing of it is in round {self.server.round + 1} and after")
+        if len(left) == len(self.reach.sites):
+            raise ValueError(f"all clients have left the federation. {self.stand.safe()}")
+        return left
 
     def _round(self) -> None:
         self.replies, self.failures, began = {}, {}, time.perf_counter()
@@ -216,29 +233,24 @@ class Session:
         self.late = part.late
         self.engine.traffic.down = self.engine.traffic.up = 0
         lr = self.server.round_lr()
+        self.kept.round(self.server.round)
         self.method.round(self.method, self.server, self._ask)
-        self._keep_choices()
+        self.kept.merged(self.server.state)
+        keep_choices(self.folder / "selection.json", self.replies)
         self.late = []
         if self.failures and not self.replies:
             why = "\n".join(self.failures.values())
             raise ValueError(f"no client could train in round {self.server.round + 1}:\n{why}\n{self.stand.safe()}")
-        clients = {
-            name: {key: facts[key] for key in ("loss", "tokens", "seconds", "examples", "truncated") if key in facts}
-            for name, facts in self.replies.items()
-        }
-        losses = [facts["loss"] for facts in clients.values() if "loss" in facts]
-        line = {
-            "round": self.server.round,
-            "lr": lr,
-            "loss": sum(losses) / len(losses) if losses else None,
-            "seconds": round(time.perf_counter() - began, 4),
-            "tokens": sum(facts.get("tokens", 0) for facts in clients.values()),
-            "bytes_down": self.engine.traffic.down,
-            "bytes_up": self.engine.traffic.up,
-            "clients": clients,
-            **({"simulated": simulated} if (simulated := part.facts(self.training.least_steps is not None)) else {}),
-            **({"failed": self.failures} if self.failures else {}),
-        }
+        line = round_line(
+            self.server.round,
+            lr,
+            time.perf_counter() - began,
+            self.engine.traffic.facts,
+            self.replies,
+            simulated=part.facts(self.training.least_steps is not None),
+            failures=self.failures,
+            left=self._leaving(),
+        )
         with deferred():
             files.append_line(self.folder / "rounds.jsonl", line)
             self.server.round += 1
@@ -251,26 +263,10 @@ class Session:
             self.replies, began = {}, time.perf_counter()
             self.engine.traffic.down = self.engine.traffic.up = 0
             self.method.finalize(self.method, self.server, self._ask)
-            keep_finish(
-                self.folder,
-                {
-                    "round": self.server.round,
-                    "seconds": round(time.perf_counter() - began, 4),
-                    "tokens": sum(facts.get("tokens", 0) for facts in self.replies.values()),
-                    "bytes_down": self.engine.traffic.down,
-                    "bytes_up": self.engine.traffic.up,
-                },
-            )
+            tokens = sum(facts.get("tokens", 0) for facts in self.replies.values())
+            told = {"round": self.server.round, "seconds": round(time.perf_counter() - began, 4), "tokens": tokens}
+            keep_finish(self.folder, {**told, **self.engine.traffic.facts})
             self._commit(finalized=self.server.round)
-
-    def _keep_choices(self) -> None:
-        """Add to the record what clients chose that are not in it yet; one that joined late chooses when it first trains."""
-        path = self.folder / "selection.json"
-        known = read_document(path).get("clients", {})
-        told = {name: facts for name, facts in self.replies.items() if facts.get("experts") and name not in known}
-        if told:
-            chosen = {name: {key: facts[key] for key in CHOICE if key in facts} for name, facts in told.items()}
-            write_document(path, {"clients": known | chosen})
 
     def _commit(self, **further: Any) -> None:
         facts = {**self.server.state.facts, "round": self.server.round, "asked": self.engine.asked, **further}
@@ -292,6 +288,7 @@ class Session:
         write_document(self.folder / "digest.json", {"state": state, "clients": digests})
         files.write_text(self.folder / "digest.txt", digest_of_digests([state, *(digests[name] for name in sorted(digests))]) + "\n")
         overall = summarise(results["clients"], self.recipe.seed, settings.resamples)
-        results = {"rounds": self.server.round, **results, "summary": overall}
+        left = left_since(files.read_lines(self.folder / "rounds.jsonl"), self.engine.left.intersection(reach.sites), self.server.round)
+        results = {"rounds": self.server.round, **results, "summary": overall, **({"left": left} if left else {})}
         write_document(self.folder / "results.json", results)  # comes last: with it the run is finished
         self.tell_recorders()

@@ -10,15 +10,17 @@ from pathlib import PurePath
 # Highest layer first. A module imports from lower rows, from its own part (cli, runner, grafts, ...), and within its row as BESIDE says.
 LAYERS = (
     {"cli"},
+    {"serve"},
     {"deployment"},
-    {"rehearsal", "checkup"},
-    {"runner", "starter", "sweep"},
+    {"rehearsal", "checkup", "use"},
+    {"runner", "starter", "sweep", "forgetting"},
     {"session"},
     {"reach"},  # how a run gets at its clients
     {"hosting"},  # rows, base and memories of one process, for the run itself or behind an engine
-    {"folders", "origin", "trouble"},
+    {"folders", "origin", "trouble", "kept"},
     {"recipe"},
     {"engine", "evaluation", "report", "account"},
+    {"transforms"},
     {"methods"},
     {"training", "aggregation", "selection"},
     {"grafts", "moe", "data"},
@@ -32,7 +34,14 @@ BESIDE = {
     "files": {"signals"},
 }
 # Foreign packages that only some parts may import; TYPES_ONLY names parts that may do so under `if TYPE_CHECKING:`.
-OWNERS = {"flwr": {"engine"}, "ray": {"engine"}, "peft": {"grafts"}, "transformers": {"moe"}}
+OWNERS = {
+    "flwr": {"engine"},
+    "ray": {"engine"},
+    "peft": {"grafts"},
+    "transformers": {"moe", "use"},
+    "fastapi": {"serve"},
+    "uvicorn": {"serve"},
+}
 TYPES_ONLY = {"flwr": {"deployment"}, "transformers": {"data", "evaluation", "account"}}
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}

@@ -41,7 +41,7 @@ def test_start_up_loads_nothing_heavy(statement):
         ["--help"],
         ["--version"],
         ["run", "--help"],
-        ["sweep", "--help"],
+        *([name, "--help"] for name in ("sweep", "chat", "generate", "export")),
         *(["list", kind] for kind in ("methods", "families", "criteria", "datasets", "recorders", "method")),
     ],
     ids=" ".join,

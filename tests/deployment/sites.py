@@ -63,6 +63,7 @@ class Asking:
     committed: int = 0
     traffic: Traffic = field(default_factory=Traffic)
     store: None = None
+    left: frozenset[str] = frozenset()
 
     def ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
         self.before(self.asked)

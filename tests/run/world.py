@@ -50,10 +50,10 @@ class World:
         return path
 
 
-def build(folder: Path, tokenizer: PreTrainedTokenizerFast) -> World:
+def build(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str = "qwen2_moe") -> World:
     """Save model, tokenizer and client files below `folder`."""
     with seeds.torch_default(0):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", **COMMON | CONFIGS["qwen2_moe"]))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON | CONFIGS[family]))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "clients").mkdir()

@@ -67,10 +67,19 @@ def test_rates_of_the_grids_were_tried_on_validation_rows():
     assert set(Counter(recipe.method.name for recipe in tried).values()) == {3}
     chosen = read_values("dolly_methods")[1]["per_method"]
     assert chosen.keys() == {recipe.method.name for recipe in tried}
-    for name in ("dolly_methods", "dolly_dirichlet", "federation_pays", "equal_size", "flex_clients", "unseen_clients"):
+    for name in ("dolly_methods", "dolly_dirichlet", "federation_pays", "flex_clients", "unseen_clients"):
         own = read_values(name)[1]["per_method"]
         assert all(own[method] == chosen[method] for method in own), name
         for point in plan(name):
             recipe = point.recipe
             used = (recipe.method.name, recipe.training.lr, str(recipe.complete()["method"]))
             assert used in options or recipe.method.name not in chosen, point.name
+
+
+def test_rates_of_the_rivals_of_the_graft_s_size_were_tried_at_that_size():
+    tried = [point.recipe for point in plan("equal_size_tuning")]
+    assert set(Counter(recipe.method.name for recipe in tried).values()) == {3}
+    used = [point.recipe for point in plan("equal_size")]
+    alike = ("data", "lora", "method", "federation", "training")
+    known = [{section: recipe.complete()[section] for section in alike} for recipe in tried]
+    assert all({section: recipe.complete()[section] for section in alike} in known for recipe in used)

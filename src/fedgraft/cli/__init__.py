@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedgraft.cli import compare, doctor, federation, init, listing, report, run, sweep, watch  # noqa: F401  # each registers its commands, in the order of --help
+from fedgraft.cli import chat, compare, doctor, export, federation, forget, generate, init, listing, report, run, serve, sweep, watch  # noqa: F401  # each registers its commands, in the order of --help
 from fedgraft.cli.frame import STATE, app, console, escape
 
 

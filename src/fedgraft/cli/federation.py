@@ -135,9 +135,15 @@ def site(
     coordinator: Annotated[
         Path | None, typer.Option("--coordinator", help="How the coordinator is reached (default: coordinator.yaml beside the settings).")
     ] = None,
+    leave: Annotated[
+        bool, typer.Option("--leave", help="Leave the federation: this site's key is shut out, and its processes here end.")
+    ] = False,
 ) -> None:
-    """Take part in a federation with this machine's rows until Ctrl-C."""
+    """Take part in a federation with this machine's rows until Ctrl-C; or leave it."""
     _refuse_without_flower()
+    if leave:
+        _leave(policy, coordinator)
+        return
     from fedgraft.deployment.attendance import attend
 
     with _serving("site") as tell:
@@ -164,6 +170,19 @@ def _add(federation: Federation, site: str, public_key: Path | None) -> None:
     secret = "it holds the site's key; keep no copy" if (bundle / "node.key").exists() else "its key is there already, as node.key"
     secret = "without a key" if federation.settings.insecure else secret
     _say(f"Site {site}: move {bundle} to its machine ({secret}) and fill in site.yaml there.")
+
+
+def _leave(policy: Path, coordinator: Path | None) -> None:
+    from fedgraft.deployment.departure import leave
+    from fedgraft.words import size
+
+    done = leave(policy, coordinator)
+    _say(f"Site {done.site} has left the federation{' before' if done.before else ''}; nothing of it runs here.")
+    if done.runs:
+        _say(f"What its client has learnt stays on this machine: {len(done.runs)} runs, {size(done.size)}, in {done.memories}")
+        _say("Delete that folder when nobody needs these models any more; nothing else has a copy.")
+    _say(f"What was asked of it and what has left it stands in {done.log}")
+    _say("What it contributed until now is in the merged models; the coordinator can say more: fedgraft forget RUN --client " + done.site)
 
 
 def _refuse_without_flower() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from fedgraft import files
-from fedgraft.deployment import door, forward, keys
+from fedgraft.deployment import departure, door, forward, keys
 from fedgraft.deployment.client import SOCKET
 from fedgraft.deployment.connection import Connection, load_connection
 from fedgraft.deployment.federation import CONNECTION
@@ -44,7 +44,7 @@ class Duty:
 
 
 def attend(policy: Path, coordinator: Path | None, tell: Tell, app: str = CLIENT) -> None:
-    """Serve until stopped; the question in hand is given the settings' `grace` to finish.
+    """Serve until stopped, when the question in hand is given the settings' `grace` to finish, or until the site leaves.
 
     Args:
         policy: the site's settings.
@@ -53,14 +53,14 @@ def attend(policy: Path, coordinator: Path | None, tell: Tell, app: str = CLIENT
         app: `module:name` of the installed ClientApp that answers.
 
     Raises:
-        ValueError: settings that are not valid; another command serves the site; the coordinator is not the one of `ca.pem`, or doesn't
-            know the key; a process that cannot stay up.
+        ValueError: settings that are not valid; another command serves the site, or it has left; the coordinator is not the one of
+            `ca.pem`, or doesn't know the key; a process that cannot stay up.
     """
     policy = policy.absolute()
     settings, place = load_site(policy)
     connection = load_connection(coordinator or policy.parent / CONNECTION)
-    home = policy.parent / "flower"
-    home.mkdir(exist_ok=True)
+    home = departure.home_of(policy)
+    departure.refuse_departed(home, connection)
     with files.locked(home), Parts(policy.parent / "logs", home, {SOCKET: str(place.door)}) as parts:
         secret = home / f"executor-{secrets.token_hex(4)}.secret"
         try:
@@ -69,7 +69,9 @@ def attend(policy: Path, coordinator: Path | None, tell: Tell, app: str = CLIENT
                 tell(f"the coordinator at {connection.address} does not answer yet; waiting for it")
             worker = Duty("worker", "fedgraft.deployment.labour", [str(policy)], lambda: _works(place.door))
             tell(f"site {settings.name}: starting; the coordinator is {connection.address}, the log of what leaves is {place.log}")
-            _Shift(parts, [worker, *_flower(connection, free_port(), secret, app)], tell).serve()
+            duties = [worker, *_flower(connection, free_port(), secret, app)]
+            _Shift(parts, duties, tell, lambda: departure.departed(home, connection)).serve()
+            tell(f"site {settings.name} has left the federation; everything is stopped")
         except KeyboardInterrupt:
             _finish(parts, place.door, settings.grace, tell)
             raise
@@ -107,22 +109,22 @@ def _finish(parts: Parts, place: Path, grace: float, tell: Tell) -> None:
 class _Shift:
     """The processes and how often each was started."""
 
-    def __init__(self, parts: Parts, duties: Sequence[Duty], tell: Tell) -> None:
-        self.parts, self.duties, self.tell = parts, duties, tell
+    def __init__(self, parts: Parts, duties: Sequence[Duty], tell: Tell, over: Callable[[], bool]) -> None:
+        self.parts, self.duties, self.tell, self.over = parts, duties, tell, over
         self.running: dict[str, tuple[Part, float]] = {}
         self.failed: dict[str, int] = {}
         self.unknown_since: dict[str, float] = {}
 
     def serve(self) -> None:
-        """Start all, then keep them up."""
+        """Start all, then keep them up until it is over."""
         for duty in self.duties:
             self._start(duty)
         self.tell("ready; stop with Ctrl-C")
-        while True:
+        while not self.over():
             time.sleep(POLL)
             for duty in self.duties:
                 part, since = self.running[duty.name]
-                if part.ended() is not None:
+                if part.ended() is not None and not self.over():
                     self._again(duty, part, time.monotonic() - since)
 
     def _start(self, duty: Duty) -> None:
@@ -136,8 +138,11 @@ class _Shift:
         pause, why = self._unknown(duty, part) if UNKNOWN in part.said() else self._ended(duty, part, lasted)
         self.tell(f"{duty.name} is started again in {pause:.0f} s: {why}")
         self.parts.stop(part)
-        time.sleep(pause)
-        self._start(duty)
+        until = time.monotonic() + pause
+        while time.monotonic() < until and not self.over():
+            time.sleep(POLL)
+        if not self.over():
+            self._start(duty)
 
     def _unknown(self, duty: Duty, part: Part) -> tuple[float, str]:
         """How long to wait, and why, as long as there is hope that the coordinator will take the key."""

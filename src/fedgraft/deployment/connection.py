@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from dataclasses import dataclass
+from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -49,6 +50,29 @@ class Connection:
         if self.certificate is None:
             return ["--superlink", self.address, "--insecure"]
         return ["--superlink", self.address, "--root-certificates", str(self.certificate), "--auth-supernode-private-key", str(self.key)]
+
+    def post(self, path: str, body: bytes) -> tuple[int, str]:
+        """HTTP status and text that the coordinator answers to a POST.
+
+        Raises:
+            ValueError: something else answers, or nothing.
+        """
+        assert self.certificate is not None
+        if not self.answers():
+            raise ValueError(f"{self.address}: the coordinator does not answer, so nothing was changed; repeat this when it is up")
+        context = ssl.create_default_context(cafile=str(self.certificate))
+        line = HTTPSConnection(self.host, self.port, timeout=30.0, context=context)
+        try:
+            line.request("POST", path, body)
+            answer = line.getresponse()
+            return answer.status, answer.read().decode("utf-8", "replace")
+        except (OSError, HTTPException) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{self.address}: the coordinator went away in mid-sentence ({why}); repeat this, which does no harm"
+            ) from None
+        finally:
+            line.close()
 
     def answers(self) -> bool:
         """Whether the coordinator answers there, and is the one of the certificate.

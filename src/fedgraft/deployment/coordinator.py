@@ -77,7 +77,7 @@ def coordinate(federation: Federation, tell: Tell) -> None:
     remedy = f"stop what uses it, or set another port in {folder / SETTINGS} and in the sites' settings"
     with files.locked(folder), Parts(federation.logs, folder / "flower", {VARIABLE: str(folder)}) as parts:
         refuse_taken(settings.listen, settings.port, remedy)
-        link = parts.start("superlink", "fedgraft.engine.superlink", words(federation))
+        link = parts.start("superlink", "fedgraft.deployment.link", words(federation))
         host, _, port = federation.local_address.rpartition(":")
         ready(link, lambda: answers(host.strip("[]"), int(port)), remedy)
         control = Control(federation.local_address, federation.certificate)

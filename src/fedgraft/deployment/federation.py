@@ -72,6 +72,10 @@ class Federation:
         """Name -> public key of every site that is let in."""
         return {path.stem: path.read_bytes() for path in sorted((self.folder / "sites").glob("*.pub"))}
 
+    def admits(self, site: str) -> bool:
+        """Whether a site of this name is let in; without keys anybody is."""
+        return self.settings.insecure or (self.folder / "sites" / f"{site}.pub").is_file()
+
     def bundle(self, site: str) -> Path:
         """The folder that is to be carried to a site."""
         return self.folder / "bundles" / site
@@ -214,8 +218,8 @@ def running(federation: Federation) -> psutil.Process | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address stays within the machine."""
-    if host == "localhost":
+    """Whether a name or address is this machine's own."""
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -116,6 +116,55 @@ def expiry(certificate: Path) -> datetime:
     return x509.load_pem_x509_certificate(read(certificate)).not_valid_after_utc
 
 
+def fingerprint(certificate: bytes) -> str:
+    """SHA-256 of a certificate (PEM), however its file ends its lines."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+
+    return x509.load_pem_x509_certificate(certificate).fingerprint(hashes.SHA256()).hex()
+
+
+def sign(private: bytes, content: bytes) -> bytes:
+    """A signature by a site's private key, as `make_node_key` or ssh-keygen writes it.
+
+    Raises:
+        ValueError: it is none, or it has a password.
+    """
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePrivateKey
+
+    try:
+        key = serialization.load_ssh_private_key(private, None)
+    except (ValueError, TypeError):
+        raise ValueError("the site's key is no private key in OpenSSH's format without a password; restore it from a copy") from None
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise ValueError("the site's key is of another kind than ECDSA P-384; restore it from a copy")
+    return key.sign(content, ECDSA(hashes.SHA384()))
+
+
+def public_half(private: bytes) -> str:
+    """The public half of a site's private key, as an OpenSSH line without a name."""
+    from cryptography.hazmat.primitives import serialization
+
+    public = serialization.load_ssh_private_key(private, None).public_key()
+    return public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+
+
+def is_signed(public: bytes, content: bytes, signature: bytes) -> bool:
+    """Whether the private half of this key (an OpenSSH line) has signed it."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
+
+    key = serialization.load_ssh_public_key(public)
+    assert isinstance(key, EllipticCurvePublicKey)
+    try:
+        key.verify(signature, content, ECDSA(hashes.SHA384()))
+    except InvalidSignature:
+        return False
+    return True
+
+
 def write_private(path: Path, content: bytes) -> None:
     """A new file that only its owner can read.
 

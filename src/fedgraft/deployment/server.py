@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedgraft import files, runner
 from fedgraft.deployment import job as jobs
+from fedgraft.deployment.federation import find
 from fedgraft.deployment.job import VARIABLE, Job
 from fedgraft.deployment.relay import Relay
 from fedgraft.engine.serverapp import server_app
@@ -52,10 +53,11 @@ def serve(grid: Grid, context: Context) -> None:
 
 
 def _carry_out(job: Job, grid: Grid, relay: Relay) -> None:
+    connect = over(grid, job.nodes, find(job.federation).admits)
     if job.recipe is None:
-        runner.resume(job.out, rounds=job.rounds, progress=relay, connect=over(grid, job.nodes))
+        runner.resume(job.out, rounds=job.rounds, progress=relay, connect=connect)
     else:
-        runner.run(job.recipe, out=job.out, progress=relay, connect=over(grid, job.nodes))
+        runner.run(job.recipe, out=job.out, progress=relay, connect=connect)
 
 
 server = server_app(serve)

@@ -18,6 +18,11 @@ class Traffic:
     down: int = 0
     up: int = 0
 
+    @property
+    def facts(self) -> dict[str, int]:
+        """As a record calls them."""
+        return {"bytes_down": self.down, "bytes_up": self.up}
+
 
 class Listener(Protocol):
     """Hears what becomes of questions; `Session` is one."""
@@ -49,6 +54,10 @@ class Engine(Protocol):
     @property
     def store(self) -> MemoryStore | None:
         """The client memories, where this process can read them."""
+
+    @property
+    def left(self) -> frozenset[str]:
+        """Clients that have withdrawn: they are not asked, and what they may still send is not used."""
 
     def ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
         """Put one question to many clients; replies come in the order of the packages, a lost or failed client is absent."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -67,6 +67,10 @@ class GridEngine:
     deadline_seconds: float | None = None
     names: Mapping[int, str] = field(default_factory=dict)
     """Node -> the client that its key belongs to, where nodes prove themselves by keys; a node can't be another client then."""
+    admitted: Callable[[str], bool] = lambda client: True
+    """Whether a client is still let in; one that is not has left, whatever it may still send."""
+    departed: Sequence[Card] = ()
+    """Clients of the run that had left when it was resumed, as they once introduced themselves."""
     store: MemoryStore | None = None
     alive: Callable[[], None] = lambda: None
     """Raises once there is nothing left to wait for; asked while waiting."""
@@ -85,6 +89,11 @@ class GridEngine:
         """The clients' cards, sorted by name."""
         return [self._cards[name] for name in sorted(self._cards)]
 
+    @property
+    def left(self) -> frozenset[str]:
+        """Clients of the run that are no longer let in."""
+        return frozenset(name for name in self._cards if not self.admitted(name))
+
     def introduce(self) -> None:
         """Wait until as many clients as wanted have introduced themselves.
 
@@ -92,6 +101,7 @@ class GridEngine:
             ValueError: they have not in time, or two nodes are the same client.
         """
         until, pause = time.monotonic() + self.wait_seconds, POLL_SECONDS
+        self._cards.update((card.name, card) for card in self.departed)
         while len(self._cards) < self.wanted:
             self.alive()
             self._greet()
@@ -108,8 +118,10 @@ class GridEngine:
         self._greet()
         online, sent = set(self.grid.get_node_ids()), dict[str, str]()
         for client, package in packages.items():
+            if not self.admitted(client):
+                continue
             content = package.encode()
-            node = self._nodes[client]
+            node = self._nodes.get(client, 0)  # 0: it had left, and has been let in again since
             number = self._push(node, Frame(kind="ask", facts={**facts, "client": client}, content=content)) if node in online else ""
             if number:
                 sent[client] = number
@@ -126,7 +138,9 @@ class GridEngine:
 
     def _reply(self, client: str, number: str, until: float | None) -> Reply | None:
         """The client's reply once it has come; None, and the listener knows why, if there is none to be used."""
-        message = self._pull(number, until)
+        message = self._pull(client, number, until)
+        if not self.admitted(client):
+            return None
         if message is None:
             self.listener.lost(client, f"client {client!r} did not answer within {self.deadline_seconds:g} s")
             return None
@@ -152,9 +166,9 @@ class GridEngine:
         message = Message(whole.records(), node, QUERY, ttl=FOREVER if life is None else life + LINGER)
         return next((str(number) for number in self.grid.push_messages([message]) if number), "")
 
-    def _pull(self, number: str, until: float | None) -> Message | None:
+    def _pull(self, client: str, number: str, until: float | None) -> Message | None:
         pause = POLL_SECONDS
-        while True:
+        while self.admitted(client):
             for message in self.grid.pull_messages([number]):
                 return message
             self.alive()
@@ -163,6 +177,7 @@ class GridEngine:
                 return None
             time.sleep(min(pause, left))
             pause = min(pause * POLL_GROWTH, POLL_MOST)
+        return None
 
     def _greet(self) -> None:
         """Ask unknown nodes to introduce themselves and hear those that have, without waiting for any."""

@@ -36,6 +36,11 @@ class InProcess:
         """The client memories."""
         return self.site.store
 
+    @property
+    def left(self) -> frozenset[str]:
+        """Nobody withdraws from a process."""
+        return frozenset()
+
     def ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
         """Put one question to many clients, one after another, or to a cohort of them at once where they train.
 

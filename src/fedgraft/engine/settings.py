@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from fedgraft.settings import Section
 
@@ -15,6 +15,8 @@ class InProcessSettings(Section):
     name: Literal["inprocess"] = "inprocess"
     """`inprocess`: all clients in this process, one base model in memory. `flower-simulation`: clients in several processes of this
     machine, over several GPUs if there are. `flower`: sites elsewhere; start it with `fedgraft run --on`."""
+    keep_replies: bool = False
+    """Keep every round's replies in `replies/` of the run folder, so that `fedgraft forget` can do the merges again without one client."""
     cohort: int | Literal["auto"] = Field(default=1)
     """Clients that train at once, their batches going through the frozen base together: faster, for more memory. 1: one after another.
     `auto`: as many as fit `cohort_gib`. Results are those of one after another to rounding, and stay the same bits for the same size."""
@@ -41,6 +43,8 @@ class SimulationSettings(Section):
     """Longest wait for the replies to one question; what comes later is lost, the client keeps what it learnt. Empty: no limit."""
     wait_seconds: float = Field(default=600.0, gt=0)
     """Longest wait for all clients to introduce themselves, for which each process loads the base model."""
+    keep_replies: bool = False
+    """Keep every round's replies in `replies/` of the run folder, so that `fedgraft forget` can do the merges again without one client."""
 
 
 class FlowerSettings(Section):
@@ -53,6 +57,15 @@ class FlowerSettings(Section):
     """Longest wait for the replies to one question; what comes later is lost, the client keeps what it learnt. Empty: no limit."""
     wait_seconds: float = Field(default=600.0, gt=0)
     """Longest wait for the sites to introduce themselves, for which each loads the base model."""
+    keep_replies: bool = False
+    """Keep every round's replies in `replies/` of the run folder, so that `fedgraft forget` can do the merges again without one client."""
 
 
-EngineSettings: TypeAlias = Annotated[InProcessSettings | SimulationSettings | FlowerSettings, Field(discriminator="name")]
+def _named(values: Any) -> Any:
+    """The kind need not be named where it is the usual one."""
+    return {"name": "inprocess", **values} if isinstance(values, dict) else values
+
+
+EngineSettings: TypeAlias = Annotated[
+    InProcessSettings | SimulationSettings | FlowerSettings, Field(discriminator="name"), BeforeValidator(_named)
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedgraft.data.templates import end_id
 from fedgraft.evaluation.response import predicting, row_sums
 from fedgraft.evaluation.settings import EvaluationSettings
 from fedgraft.methods.method import Prediction
+from fedgraft.moe.load import Base
 from fedgraft.training.client import Client
 from fedgraft.training.fit import autocast
 
@@ -72,27 +74,46 @@ def _choice_rows(client: Client, example: Example) -> list[Row]:
     return [Row([*prompt, *(ids[:-1] if ids[-1] == end else ids)], len(prompt)) for ids in answers]
 
 
-@torch.no_grad()
 def generate(client: Client, model: Prediction, examples: Sequence[Example], settings: EvaluationSettings) -> list[str]:
-    """Greedy answers with a KV cache, batched; prompts are padded on the left."""
+    """Greedy answers."""
     base, data = client.model.base, client.data_settings
     prompts = [prompt_ids(example, base.tokenizer, data.template, data.max_length) for example in examples]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": settings.max_new_tokens}
-    options |= {"pad_token_id": base.pad_id, "eos_token_id": end_id(base.tokenizer, data.template)}
-    answers = [""] * len(prompts)
+    options = {"do_sample": False, "max_new_tokens": settings.max_new_tokens, "eos_token_id": end_id(base.tokenizer, data.template)}
     model = replace(model, tree=client.model.placed(model.tree))
-    for start in range(0, len(order), settings.batch_size):
-        chosen = order[start : start + settings.batch_size]
+    answers = [""] * len(prompts)
+
+    @contextmanager
+    def in_use(rows: Sequence[Sequence[int]]) -> Iterator[None]:
+        with predicting(client, model, rows), autocast(client.training.precision, base.device):
+            yield
+
+    for index, ids in continuations(base, prompts, settings.batch_size, options, in_use):
+        answers[index] = str(base.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    return answers
+
+
+@torch.no_grad()
+def continuations(
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    options: Mapping[str, Any],
+    in_use: Callable[[Sequence[Sequence[int]]], AbstractContextManager[Any]],
+) -> Iterator[tuple[int, list[int]]]:
+    """(number of the prompt, new tokens, padding among them), batch by batch with a KV cache, the shortest first; padded on the left.
+
+    `in_use` is asked for the context that a batch of prompts is continued in; `options` are those of transformers' `generate`.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
         width = max(len(prompts[index]) for index in chosen)
         ids = torch.full((len(chosen), width), base.pad_id)
         mask = torch.zeros_like(ids)
         for row, index in enumerate(chosen):
             ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, width - len(prompts[index]) :] = 1
-        in_use = predicting(client, model, [prompts[index] for index in chosen])
-        with in_use, autocast(client.training.precision, base.device):
-            output: Any = base.model.generate(ids.to(base.device), attention_mask=mask.to(base.device), **options)
+        with in_use([prompts[index] for index in chosen]):
+            output: Any = base.model.generate(ids.to(base.device), attention_mask=mask.to(base.device), pad_token_id=base.pad_id, **options)
         for row, index in enumerate(chosen):
-            answers[index] = str(base.tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
-    return answers
+            yield index, output[row, width:].tolist()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedgraft.grafts.expert_lora import ExpertPairs, expert_shapes
-from fedgraft.grafts.lanes import Lane
-from fedgraft.grafts.lora import LoraSettings, LowRank, Shapes, chosen_projections, fresh_pairs, low_rank_shapes
+from fedgraft.grafts.lanes import FittedLanes, Lane
+from fedgraft.grafts.lora import LoraSettings, LowRank, Pairs, Shapes, Terms, chosen_projections, fresh_pairs, low_rank_shapes
 from fedgraft.grafts.router import RouterRows, router_shapes
-from fedgraft.grafts.side_expert import GraftSettings, Mixture, SeeGate, SideExperts
+from fedgraft.grafts.rows import FittedRows, Rows
+from fedgraft.grafts.side_expert import GraftSettings, Mixture, SeeGate, Side, SideExperts
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.load import Base
 from fedgraft.moe.projections import Projection
@@ -22,6 +25,24 @@ from fedgraft.tree import Tree, digest
 PROBE_TOKENS = 16
 Experts = list[list[int]]
 """Source expert of every graft, [L][r]; empty when a client has no graft."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A client's leaves at their places, so that they can be put in use again without being looked up; without any it is the base."""
+
+    low_rank: dict[str, Terms] = field(default_factory=dict)
+    """By head of the addresses: what is added to the linear layer there."""
+    router: dict[int, Tensor] = field(default_factory=dict)
+    """By layer: the router's rows."""
+    experts: dict[int, dict[int, Pairs]] = field(default_factory=dict)
+    """By layer and expert: the pairs on it."""
+    sides: dict[int, list[Side]] = field(default_factory=dict)
+    """By layer: its grafts."""
+
+
+FIELDS: dict[type, str] = {LowRank: "low_rank", RouterRows: "router", ExpertPairs: "experts", SideExperts: "sides"}
+"""What holds leaves in use -> the field of `Fitted` that keeps them."""
 
 
 class GraftedModel:
@@ -40,8 +61,7 @@ class GraftedModel:
         parts = [*linears, *((site.layer, site.experts) for site in base.sites)]  # a decoder layer lies on one device
         self._devices = {f"layers.{layer}": compute_device(part) for layer, part in parts}
         self._pairs: Shapes = low_rank_shapes(base, lora)
-        self._low_rank = LowRank(base, lora)
-        self._adapters: list[LowRank | RouterRows | ExpertPairs] = [self._low_rank]
+        self._adapters: list[LowRank | RouterRows | ExpertPairs] = [LowRank(base, lora)]
         self._router = RouterRows(base) if "router" in lora.targets else None
         if self._router is not None:
             self._adapters.append(self._router)
@@ -49,6 +69,7 @@ class GraftedModel:
             self._pairs |= expert_shapes(base, lora)
             self._adapters.append(ExpertPairs(base, lora))
         self._side = SideExperts(base, graft, lora)
+        self._named: dict[str, Any] = {FIELDS[type(part)]: part for part in (*self._adapters, self._side)}
         _check_they_run(base, chosen_projections(base, lora.targets))
 
     def fresh_adapters(self, seed: int) -> Tree:
@@ -76,24 +97,18 @@ class GraftedModel:
         tree = self.placed(tree)
         try:
             used = self._side.put(tree, experts).union(*(adapter.put(tree) for adapter in self._adapters))
-            _check_used(tree, used)
+            unknown = tree.keys() - used
+            if unknown:
+                raise ValueError(f"leaf {min(unknown)!r} has no place in this model with its experts and LoRA targets")
             yield
         finally:
             self._put_nothing()
 
     @contextmanager
     def using_lanes(self, lanes: Sequence[Lane]) -> Iterator[None]:
-        """As `using`, with the leaves of each lane on its own part of a batch; they lie where their layers compute already.
-
-        Router rows and pairs on routed experts have no lanes.
-
-        Raises:
-            ValueError: as `using`.
-        """
+        """As `using`, with the leaves of each lane on its own part of a batch."""
         try:
-            low_rank, side = self._low_rank.put_lanes(lanes), self._side.put_lanes(lanes)
-            for lane, *used in zip(lanes, low_rank, side, strict=True):
-                _check_used(lane.tree, set().union(*used))
+            self.put(FittedLanes.of(lanes, self._side))
             yield
         finally:
             self._put_nothing()
@@ -103,6 +118,28 @@ class GraftedModel:
             adapter.put({})
         self._side.put({}, [])
 
+    def fitted(self, tree: Mapping[str, Tensor], experts: Experts) -> Fitted:
+        """What `using` looks up, for `put`. Of a quantised or offloaded base it holds copies of the source experts.
+
+        Raises:
+            ValueError: as `using`.
+        """
+        with self.using(tree, experts):
+            return Fitted(**{name: part._active for name, part in self._named.items()})
+
+    def put(self, fitted: Fitted | FittedRows | FittedLanes) -> None:
+        """Predict with these leaves from here on, in a few microseconds; a block of `using` that ends puts the base in their place."""
+        for name, part in self._named.items():
+            part._active = getattr(fitted, name)
+
+    def side_by_side(self, clients: Sequence[Fitted]) -> Rows:
+        """Leaves of several clients, for batches whose rows are each predicted with those of their own client.
+
+        Raises:
+            ValueError: as `Rows`.
+        """
+        return Rows(clients, self.graft_settings, self.lora_settings)
+
     def watching_gates(self, see: SeeGate) -> AbstractContextManager[None]:
         """Call `see` with the gate values of every graft in use, in every forward inside the block."""
         return self._side.watching_gates(see)
@@ -110,11 +147,6 @@ class GraftedModel:
     def frozen_digest(self) -> str:
         """Digest over every pretrained parameter, to show that none has changed."""
         return digest({name: plain(stored(module, name.rpartition(".")[2])).detach() for name, module in self._holders.items()})
-
-
-def _check_used(tree: Mapping[str, Tensor], used: set[str]) -> None:
-    if unknown := tree.keys() - used:
-        raise ValueError(f"leaf {min(unknown)!r} has no place in this model with its experts and LoRA targets")
 
 
 def _check_they_run(base: Base, chosen: Sequence[Projection]) -> None:

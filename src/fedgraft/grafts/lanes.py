@@ -1,13 +1,24 @@
-"""Several clients' leaves in one forward: the batch holds their rows one client after another, and each lane is one client's part of it."""
+"""Several clients' leaves in one forward and backward: the batch holds their rows one client after another, each lane is one client's part.
+
+For training, so every leaf keeps its own gradient; `grafts.rows` stacks leaves, for prediction with rows in any order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from fedgraft.grafts.lora import LoraSettings, Pairs, Terms
+from fedgraft.grafts.side_expert import Side, SideExperts
+from fedgraft.moe.site import Arguments, Site
+
+if TYPE_CHECKING:
+    from fedgraft.grafts.graft import Fitted
 
 
 class Draws:
@@ -52,10 +63,8 @@ class Draws:
 class Lane:
     """One client's part of a batch."""
 
-    tree: Mapping[str, Tensor]
-    """Its leaves."""
-    experts: list[list[int]]
-    """Source experts of its grafts [L][r]."""
+    fitted: Fitted
+    """Its leaves at their places."""
     rows: slice
     """Its rows of the batch."""
     length: int
@@ -64,12 +73,75 @@ class Lane:
     """Where its dropout is drawn."""
 
 
-def over_lanes(lanes: Sequence[Lane], place: str, whole: Tensor, work: Callable[[int], Tensor]) -> Tensor:
+@dataclass(frozen=True)
+class FittedLanes:
+    """What is in use for one batch, as `Fitted` for one client. Router rows and pairs on routed experts have no lanes."""
+
+    low_rank: dict[str, LaneTerms]
+    sides: dict[int, list[LaneSides]]
+    router: dict[int, Tensor] = field(default_factory=dict)
+    experts: dict[int, dict[int, Pairs]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, lanes: Sequence[Lane], grafts: SideExperts) -> FittedLanes:
+        """The lanes' leaves by place; `grafts` computes what one graft adds."""
+        assert not any(lane.fitted.router or lane.fitted.experts for lane in lanes)
+        heads = sorted({head for lane in lanes for head in lane.fitted.low_rank})
+        layers = sorted({layer for lane in lanes for layer in lane.fitted.sides})
+        return cls(
+            low_rank={head: LaneTerms(head, lanes, [lane.fitted.low_rank.get(head) for lane in lanes]) for head in heads},
+            sides={layer: [LaneSides(lanes, [lane.fitted.sides.get(layer, []) for lane in lanes], grafts)] for layer in layers},
+        )
+
+
+@dataclass(frozen=True)
+class LaneTerms:
+    """What is added to the output of one linear layer, each lane's own terms on its part."""
+
+    head: str
+    lanes: Sequence[Lane]
+    terms: Sequence[Terms | None]
+
+    def add(self, output: Tensor, inputs: Tensor, settings: LoraSettings, training: bool) -> Tensor:
+        """As `Terms.add`."""
+
+        def add(number: int) -> Tensor:
+            terms, part = self.terms[number], _own_part(output, self.lanes, number)
+            return part if terms is None else terms.add(part, _own_part(inputs, self.lanes, number), settings, training)
+
+        return _over_lanes(self.lanes, self.head, output, add)
+
+
+@dataclass(frozen=True)
+class LaneSides:
+    """The grafts of one layer, each lane's own on its part."""
+
+    lanes: Sequence[Lane]
+    sides: Sequence[Sequence[Side]]
+    grafts: SideExperts
+
+    def added(self, site: Site, call: Arguments) -> Tensor:
+        """What is added to the routed output [T, H], as by `SideExperts` for each client alone."""
+        x, routing = self.grafts.seen(site, call)
+
+        def add(number: int) -> Tensor:
+            part = _own_part(x, self.lanes, number)
+            choice = routing and (
+                _own_part(routing[0], self.lanes, number).flatten(0, 1),
+                _own_part(routing[1], self.lanes, number).flatten(0, 1),
+            )
+            added = [self.grafts.of_one(side, (part.flatten(0, 1), choice)).view_as(part) for side in self.sides[number]]
+            return sum(added[1:], added[0]) if added else torch.zeros_like(part)
+
+        return _over_lanes(self.lanes, f"layers.{site.layer}.side", torch.zeros_like(x), add)
+
+
+def _over_lanes(lanes: Sequence[Lane], place: str, whole: Tensor, work: Callable[[int], Tensor]) -> Tensor:
     """`whole`, a layer's result for the batch, with every lane's own part replaced by `work(number of the lane)` [rows, tokens, F].
 
     Padding that belongs to no lane stays as it is in `whole`.
     """
-    grid, parts = rows_of(whole, lanes), []
+    grid, parts = _rows_of(whole, lanes), []
     for number, lane in enumerate(lanes):
         with lane.draws.at(place, whole.device):
             part = work(number)
@@ -78,13 +150,13 @@ def over_lanes(lanes: Sequence[Lane], place: str, whole: Tensor, work: Callable[
     return torch.cat(parts).view_as(whole)
 
 
-def own_part(tensor: Tensor, lanes: Sequence[Lane], number: int) -> Tensor:
+def _own_part(tensor: Tensor, lanes: Sequence[Lane], number: int) -> Tensor:
     """A lane's rows and tokens [rows, tokens, F] of a tensor over the batch."""
     lane = lanes[number]
-    return rows_of(tensor, lanes)[lane.rows, : lane.length]
+    return _rows_of(tensor, lanes)[lane.rows, : lane.length]
 
 
-def rows_of(tensor: Tensor, lanes: Sequence[Lane]) -> Tensor:
+def _rows_of(tensor: Tensor, lanes: Sequence[Lane]) -> Tensor:
     """[..., F] as [rows, tokens, F], whether it came by rows or as one list of tokens.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedgraft import address, seeds
-from fedgraft.grafts.lanes import Lane, over_lanes, own_part
 from fedgraft.moe.expert import Expert
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.projections import Projection
@@ -72,6 +71,13 @@ class Terms:
         return total.to(output.dtype)
 
 
+class Added(Protocol):
+    """Something that is added to the output of one linear layer: a client's terms, or those of several for rows of their own."""
+
+    def add(self, output: Tensor, inputs: Tensor, settings: LoraSettings, training: bool) -> Tensor:
+        """Output [..., out] of the layer for inputs [..., in] with all that is added."""
+
+
 class LowRank:
     """Low-rank terms on the chosen linear layers, added where their outputs leave; without leaves in use the layers run untouched.
 
@@ -87,54 +93,30 @@ class LowRank:
         self.settings = settings
         paths = {_head(projection): projection.path for projection in chosen_projections(anatomy, settings.targets)}
         self.heads = list(paths)
-        self._active: dict[str, Terms] = {}
-        self._lanes: list[tuple[Lane, dict[str, Terms]]] = []
+        self._active: dict[str, Added] = {}
         for head, path in paths.items():
             anatomy.model.get_submodule(path).register_forward_hook(self._hook(head))
 
     def put(self, tree: Mapping[str, Tensor]) -> set[str]:
         """Use the factors of `tree` and return their addresses; a pair that it lacks is switched off. Pointer work, nothing is copied."""
-        self._lanes = []
-        self._active, used = self._read(tree)
-        return used
-
-    def put_lanes(self, lanes: Sequence[Lane]) -> list[set[str]]:
-        """Use each lane's factors for its part of the batch; returns their addresses."""
-        read = [self._read(lane.tree) for lane in lanes]
-        self._active, self._lanes = {}, [(lane, terms) for lane, (terms, _) in zip(lanes, read, strict=True)]
-        return [used for _, used in read]
-
-    def _read(self, tree: Mapping[str, Tensor]) -> tuple[dict[str, Terms], set[str]]:
-        active, used, mix = dict[str, Terms](), set[str](), tree.get(address.MIX)
+        self._active, used, mix = dict[str, Added](), set[str](), tree.get(address.MIX)
         for head in self.heads:
             second, residual = address.own(head), f"{head}.residual"
             pairs = {place: pair for place in (head, second) if (pair := _factors(tree, place))}
             frozen = (tree[residual],) if residual in tree else _factors(tree, residual)
             if pairs or frozen:
                 shares = {} if mix is None else {head: 1 - mix, second: mix}
-                active[head] = Terms(pairs=pairs, shares=shares, residual=frozen)
+                self._active[head] = Terms(pairs=pairs, shares=shares, residual=frozen)
                 used |= {f"{place}.{part}" for place in pairs for part in "AB"} | {address.MIX}
                 used |= {residual, f"{residual}.A", f"{residual}.B"}
-        return active, used & tree.keys()
+        return used & tree.keys()
 
     def _hook(self, head: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if self._lanes:
-                return self._in_lanes(head, args[0], output, module.training)
             terms = self._active.get(head)
             return None if terms is None else terms.add(output, args[0], self.settings, module.training)
 
         return hook
-
-    def _in_lanes(self, head: str, inputs: Tensor, output: Tensor, training: bool) -> Tensor:
-        """The output with every lane's own terms on its part."""
-        lanes = [lane for lane, _ in self._lanes]
-
-        def add(number: int) -> Tensor:
-            terms, part = self._lanes[number][1].get(head), own_part(output, lanes, number)
-            return part if terms is None else terms.add(part, own_part(inputs, lanes, number), self.settings, training)
-
-        return over_lanes(lanes, head, output, add)
 
 
 def _scaled(term: Tensor, share: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Protocol, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from fedgraft import address
-from fedgraft.grafts.lanes import Lane, over_lanes, own_part
 from fedgraft.grafts.lora import LoraSettings, Pairs, Shapes, fresh_pairs, pair_shapes
-from fedgraft.moe.expert import Expert
+from fedgraft.moe.expert import Expert, Projected
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.site import Arguments, Site, add_to_output
 from fedgraft.moe.weights import compute_device
@@ -99,6 +98,18 @@ class Side:
     """g [H]; None without a gate."""
     bias: Tensor | None
 
+    @property
+    def down(self) -> Tensor:
+        """The weights [H, I] of the down projection: the leaves' own where they have them, else the source's."""
+        return self.leaves.get("down.weight", self.source.down)
+
+
+class Mixed(Protocol):
+    """Grafts of several clients, each in use for rows of its own."""
+
+    def added(self, site: Site, call: Arguments) -> Tensor:
+        """What is added to the routed output [T, H]."""
+
 
 class SideExperts:
     """The hooks on every MoE layer; without leaves in use they return the routed output untouched."""
@@ -110,8 +121,7 @@ class SideExperts:
             ValueError: `form` is `in_place` and the experts' outputs are not what the router's weights act on.
         """
         self.anatomy, self.graft, self.lora = anatomy, graft, lora
-        self._active: dict[int, list[Side]] = {}
-        self._lanes: list[tuple[Lane, dict[int, list[Side]]]] = []
+        self._active: dict[int, Sequence[Side | Mixed]] = {}
         self._see_gate: SeeGate | None = None
         for site in anatomy.sites if graft.form == "in_place" else ():
             if not site.replaceable:
@@ -121,19 +131,8 @@ class SideExperts:
 
     def put(self, tree: Mapping[str, Tensor], experts: list[list[int]]) -> set[str]:
         """Use the side leaves of `tree` and return their addresses; `experts` [L][r] names the source of every graft. Pointer work only."""
-        self._lanes = []
-        self._active, used = self._read(tree, experts)
-        return used
-
-    def put_lanes(self, lanes: Sequence[Lane]) -> list[set[str]]:
-        """Use each lane's side leaves for its part of the batch; returns their addresses."""
-        read = [self._read(lane.tree, lane.experts) for lane in lanes]
-        self._active, self._lanes = {}, [(lane, active) for lane, (active, _) in zip(lanes, read, strict=True)]
-        return [used for _, used in read]
-
-    def _read(self, tree: Mapping[str, Tensor], experts: list[list[int]]) -> tuple[dict[int, list[Side]], set[str]]:
-        active = dict[int, list[Side]]()
-        used = set[str]()
+        self._active = {}
+        used = set()
         for site, chosen in zip(self.anatomy.sites, experts, strict=False):
             sides = []
             for number, expert in enumerate(chosen):
@@ -148,8 +147,8 @@ class SideExperts:
                 sides.append(Side(place=place, number=expert, source=source, leaves=leaves, gate=weight, bias=bias))
                 used |= {*(key for key in gate.values() if key in tree), *(head + name for name in leaves)}
             if sides:
-                active[site.layer] = sides
-        return active, used
+                self._active[site.layer] = sides
+        return used
 
     def fresh(self, experts: list[list[int]], seed: int, mixture: Mixture = ()) -> Tree:
         """New leaves for the chosen source experts [L][r], fp32 on the CPU: LoRA with B = 0, exact copies, and the gates.
@@ -209,33 +208,23 @@ class SideExperts:
 
     def _hook(self, site: Site) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            sides = self._active.get(site.layer)
+            if not sides:
+                return None
             call = (args, kwargs)
-            if self._lanes:
-                return self._in_lanes(site, call, output)
-            for side in self._active.get(site.layer, ()):
-                output = add_to_output(output, self._added(side, self._seen(site, call)))
+            for side in sides:
+                added = self.of_one(side, self.seen(site, call)) if isinstance(side, Side) else side.added(site, call)
+                output = add_to_output(output, added)
             return output
 
         return hook
 
-    def _seen(self, site: Site, call: Arguments) -> Seen:
-        """What a call gives a graft; routing is read only where one is in place."""
+    def seen(self, site: Site, call: Arguments) -> Seen:
+        """What a call of the experts gives a graft; routing is read only where one is in place."""
         return site.inputs(call), site.routing(site, call) if self.graft.form == "in_place" else None
 
-    def _in_lanes(self, site: Site, call: Arguments, output: Any) -> Any:
-        """The output with every lane's own grafts on its part."""
-        (x, routing), lanes = self._seen(site, call), [lane for lane, _ in self._lanes]
-
-        def add(number: int) -> Tensor:
-            part, sides = own_part(x, lanes, number), self._lanes[number][1].get(site.layer, ())
-            choice = routing and (own_part(routing[0], lanes, number).flatten(0, 1), own_part(routing[1], lanes, number).flatten(0, 1))
-            added = [self._added(side, (part.flatten(0, 1), choice)).view_as(part) for side in sides]
-            return sum(added[1:], added[0]) if added else torch.zeros_like(part)
-
-        return add_to_output(output, over_lanes(lanes, f"layers.{site.layer}.side", torch.zeros_like(x), add))
-
-    def _added(self, side: Side, seen: Seen) -> Tensor:
-        """What a graft adds [T, H] to the routed output."""
+    def of_one(self, side: Side, seen: Seen) -> Tensor:
+        """What one graft adds to the routed output [T, H]."""
         x, routing = seen
         return self._gated(side, x) if routing is None else self._in_place(side, x, *routing)
 
@@ -268,10 +257,17 @@ class SideExperts:
         source, leaves = side.source, side.leaves
         if "down.weight" not in leaves:
             return Pairs(leaves, self.lora).run(source, x, self.anatomy.model.training)
-        gate = F.linear(x, leaves["gate.weight"].to(x.dtype), source.gate_bias) if "gate.weight" in leaves else None
-        up = F.linear(x, leaves["up.weight"].to(x.dtype), source.up_bias)
-        hidden = source.activate(gate, up)
-        return F.linear(hidden, leaves["down.weight"].to(hidden.dtype), source.down_bias)
+        hidden = source.activate(*projected(side, x))
+        return F.linear(hidden, side.down.to(hidden.dtype), source.down_bias)
+
+
+def projected(side: Side, x: Tensor) -> Projected:
+    """(gate, up) of a graft without its low-rank terms: by the leaves' own weights where they have them, else by the source's."""
+    source, leaves = side.source, side.leaves
+    if "up.weight" not in leaves:
+        return source.project(x)
+    gate = F.linear(x, leaves["gate.weight"].to(x.dtype), source.gate_bias) if "gate.weight" in leaves else None
+    return gate, F.linear(x, leaves["up.weight"].to(x.dtype), source.up_bias)
 
 
 def side_shapes(anatomy: Anatomy, graft: GraftSettings, lora: LoraSettings, further: int = 0) -> Shapes:

@@ -22,6 +22,7 @@ def build() -> Method:
     return Method(
         settle=settle,
         needs_mean=BY_PRODUCT,
+        merges_changes=False,
         down=lambda shapes: shapes | dense_residuals(shapes),
         local=around(is_residual),
         absorb=absorb_factors,

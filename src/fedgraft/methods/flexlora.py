@@ -22,4 +22,4 @@ def build(ranks: Ranks = None) -> Method:
     def settle(method: Method, surroundings: Surroundings) -> Method:
         return replace(method, pack=pack_cut(ranks_of(ranks, surroundings)), merge=refactorised(surroundings.lora.rank))
 
-    return Method(settle=settle, needs_mean=BY_PRODUCT, absorb=absorb_factors, step=take)
+    return Method(settle=settle, needs_mean=BY_PRODUCT, merges_changes=False, absorb=absorb_factors, step=take)

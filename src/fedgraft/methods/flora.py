@@ -40,6 +40,7 @@ def build(ranks: Ranks = None) -> Method:
     return Method(
         settle=on_linear_layers(settle),
         needs_mean=BY_PRODUCT,
+        merges_changes=False,
         down=dense_residuals,
         sent=new_pairs,
         open=open_empty,

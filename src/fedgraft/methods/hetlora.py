@@ -55,7 +55,9 @@ def build(
         return replace(method, pack=pack, merge=padded_mean(surroundings.lora.rank, WEIGHTS[weights]))
 
     local = plain if decay == 1 else pruning(decay, strength)
-    return Method(settle=settle, needs_mean=BY_PRODUCT, local=local, sent=pruned_once(decay), absorb=absorb_ranks, step=take)
+    return Method(
+        settle=settle, needs_mean=BY_PRODUCT, merges_changes=False, local=local, sent=pruned_once(decay), absorb=absorb_ranks, step=take
+    )
 
 
 def pruning(decay: float, strength: float) -> LocalRule:

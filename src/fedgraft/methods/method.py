@@ -182,7 +182,7 @@ def answer_as(method: Method, client: Client, package: Bundle) -> dict[str, Pred
     """
     shared, personal = package.tree("shared"), personal_leaves(method, client)
     models = {"base": Prediction(tree={}, experts=[])}
-    if shared and personal and _whole(shared):
+    if shared and personal and whole(shared):
         models["shared"] = Prediction(tree=shared, experts=[])
     if client.memory.tree("trained"):
         models["trained"] = Prediction(tree=combine(client.memory.tree("trained"), personal), experts=client.experts)
@@ -190,7 +190,7 @@ def answer_as(method: Method, client: Client, package: Bundle) -> dict[str, Pred
     return models
 
 
-def _whole(tree: Tree) -> bool:
+def whole(tree: Tree) -> bool:
     """No low-rank pair in it lacks a factor."""
     heads = {part: {key[:-2] for key in tree if key.endswith(part)} for part in (".A", ".B")}
     return heads[".A"] == heads[".B"]
@@ -205,7 +205,7 @@ class Method:
     """A federated method; the defaults are FedAvg on the attention LoRA."""
 
     places: frozenset[str] = frozenset({"adapters"})
-    """Where it has leaves: `attention`, `side`."""
+    """Where it has leaves: `adapters`, `side`."""
     leaves: Callable[[Shapes], Shapes] = unchanged
     """What it trains and keeps, of the leaves at its places."""
     personal: Predicate = nothing
@@ -238,6 +238,8 @@ class Method:
     """Rows are predicted in ways of their own, by their prompts: its `Prediction` has `shares`."""
     needs_mean: str = ""
     """Why its replies must be averaged; empty: `federation.merge` may set another rule in the place of a mean."""
+    merges_changes: bool = True
+    """Its merge takes what each client has changed of its package; else whole leaves, which hold what the client started from."""
     settle: Callable[[Method, Surroundings], Method] = as_built
     open: ServerHalf = open_run
     round: ServerHalf = federated_round

@@ -28,6 +28,7 @@ from fedgraft.report import (
     transfer_sections,
 )
 from fedgraft.report.blocks import Facts, Page
+from fedgraft.report.lines import left_since
 from fedgraft.report.record import Record, check_one_split
 from fedgraft.report.shaping import shown
 
@@ -78,6 +79,8 @@ def run_page(record: Record) -> str:
         ("started", str(record.environment.get("started", "unknown"))),
         ("digest", record.digest[:16] or "none before the end"),
     ]
+    left = left_since(record.rounds) | record.further.get("left", {})
+    items += [("left the federation", ", ".join(f"{name} before round {number + 1}" for name, number in left.items()))] if left else []
     dataset = shown(record.recipe.get("data", {}).get("dataset"))
     lead = f"One federated run of the method {record.method} on the base model {Path(model).name} with the data set {dataset}."
     return render(

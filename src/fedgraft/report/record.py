@@ -18,7 +18,7 @@ from fedgraft import files
 
 SCHEMA = 1
 SWEEP = "sweep.json"
-FURTHER = ("summary", "experts", "unseen", "cross")
+FURTHER = ("summary", "experts", "unseen", "cross", "left")
 FINISH = "finish.json"
 COST = "cost.json"
 CHOICE = ("experts", "errors", "calibration_tokens")
@@ -42,7 +42,8 @@ class Record:
     """Client -> model -> figure -> value."""
     digest: str
     further: dict[str, Any] = field(default_factory=dict)
-    """The other parts of `results.json`, where measured: `summary`, `experts`, `unseen`, `cross`."""
+    """The other parts of `results.json`, where there: `summary`, `experts`, `unseen`, `cross`; `left`: withdrawn client -> first round
+    without it."""
     spending: dict[str, Any] = field(default_factory=dict)
     """`account`: what is trained and what a token costs; `sessions`: each that ended in order, how far it came (`rounds`, `finished`),
     its `seconds` by phase and peaks of memory."""
@@ -170,6 +171,15 @@ def keep_finish(folder: Path, line: dict[str, Any]) -> None:
     """Record what was done after the last round; done again after the same number of rounds, it takes the place of what was."""
     before = [one for one in read_document(folder / FINISH).get("finishes", []) if one["round"] != line["round"]]
     write_document(folder / FINISH, {"finishes": [*before, line]})
+
+
+def keep_choices(path: Path, replies: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add to `selection.json` what clients chose that are not in it yet; one that joined late chooses when it first trains."""
+    known = read_document(path).get("clients", {})
+    told = {name: facts for name, facts in replies.items() if facts.get("experts") and name not in known}
+    if told:
+        chosen = {name: {key: facts[key] for key in CHOICE if key in facts} for name, facts in told.items()}
+        write_document(path, {"clients": known | chosen})
 
 
 def sweep_runs(folder: Path) -> list[Path] | None:

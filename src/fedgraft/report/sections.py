@@ -98,7 +98,7 @@ def settings(record: Record) -> Section:
 
 def environment(record: Record) -> Section:
     """What the run ran on."""
-    known = {name: value for name, value in record.environment.items() if name not in {"schema", "clients"}}
+    known = {name: value for name, value in record.environment.items() if name not in {"schema", "clients", "rows"}}
     if not known:
         return absent("environment", "Environment", "The environment was not written.")
     if "command" in known:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedgraft.data.batches import Batch, stacked
-from fedgraft.grafts.graft import GraftedModel
+from fedgraft.grafts.graft import Fitted, GraftedModel
 from fedgraft.grafts.lanes import Draws, Lane
 from fedgraft.training.fit import Gradients, NotFiniteError, Passes, Use, autocast, training_mode
 from fedgraft.training.settings import TrainingSettings
@@ -37,6 +37,8 @@ class Step:
     """An optimiser step whose gradients a client waits for."""
 
     use: Use
+    fitted: Fitted
+    """Its leaves at their places."""
     draws: Draws
     parts: Sequence[Batch]
 
@@ -109,10 +111,10 @@ class Member(Generic[T]):
 
     @contextmanager
     def _passes(self, use: Use) -> Iterator[Gradients]:
-        draws = Draws(use.seed, repeats=use.settings.checkpointing)
+        draws, fitted = Draws(use.seed, repeats=use.settings.checkpointing), use.model.fitted(use.tree, use.experts)
 
         def gradients(parts: Sequence[Batch]) -> float:
-            self._said.put(Step(use=use, draws=draws, parts=parts))
+            self._said.put(Step(use=use, fitted=fitted, draws=draws, parts=parts))
             return self._wait()
 
         yield gradients
@@ -198,5 +200,5 @@ def _lanes(steps: Sequence[Step], parts: Sequence[Batch]) -> Iterator[Lane]:
     for step, part in zip(steps, parts, strict=True):
         rows, length = part.ids.shape
         step.draws.begin()
-        yield Lane(tree=step.use.tree, experts=step.use.experts, rows=slice(begin, begin + rows), length=length, draws=step.draws)
+        yield Lane(fitted=step.fitted, rows=slice(begin, begin + rows), length=length, draws=step.draws)
         begin += rows

@@ -1,0 +1,1 @@
+"""Writing a model of a run for other tools."""
