@@ -23,15 +23,15 @@ CLIENTS, MAX_LENGTH = 8, 128
 NAMES = {"fp32": "cohort8", "bf16": "cohort8_bf16"}
 
 
-def measure(rounds: int, precision: str, size: int = CLIENTS) -> dict[str, Any]:
+def measure(rounds: int, precision: str, threads: int, size: int = CLIENTS) -> dict[str, Any]:
     """The entry of one precision for `results.json`."""
     options = [f"data.max_length={MAX_LENGTH}", f"training.steps={plain_loop.STEPS}", f"training.batch_size={plain_loop.BATCH_SIZE}"]
     options += [f"federation.rounds={rounds + 1}", f"training.precision={precision}", "lora.dropout=0.0", "selection.tokens=512"]
-    options += [f"data.clients={CLIENTS}", f"engine.cohort={size}", "model.threads=1"]
+    options += [f"data.clients={CLIENTS}", f"engine.cohort={size}", f"model.threads={threads}"]
     with tempfile.TemporaryDirectory() as folder:
         session = Session(load_recipe("demo", options), Path(folder), Quiet())
         session._open()
-        loops = {"plain": plain_loop.plain_loop(session, plain_loop.labels_loss)}
+        loops = {"plain": plain_loop.plain_loop(session, plain_loop.labels_loss, threads=1)}
         plain_loop.one_round(session, loops)
         taken = []
         for _ in range(rounds):
@@ -53,8 +53,12 @@ def main() -> None:
     """Measure both precisions, print, write `results.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds after one to warm up")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="torch threads of the cohort; the plain loop has one, which is faster for it"
+    )
+    parser.add_argument("--precision", choices=list(NAMES), action="append", help="measure these alone")
     arguments = parser.parse_args()
-    entries = [measure(arguments.rounds, precision) for precision in NAMES]
+    entries = [measure(arguments.rounds, precision, arguments.threads) for precision in arguments.precision or NAMES]
     for item in entries:
         print(f"{item['name']:16}{item['ratio']:7.3f} {item['min']:7.3f} {item['max']:7.3f}")
     results.write(entries)

@@ -73,12 +73,12 @@ def test_a_cohort_is_one_after_another_to_rounding(tiny_graft, family, train, fo
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"accumulation": 2}, {"weight_decay": 0.1, "optimizer_state": "kept"}])
-def test_in_single_precision_it_is_within_a_hundredth_of_a_step(tiny_graft, options):
+def test_in_single_precision_it_is_within_a_twentieth_of_a_step(tiny_graft, options):
     """AdamW moves an entry by up to lr = 4e-5 a step; with checkpointing the dropout of the first forward comes again."""
     model, settings = tiny_graft("qwen2_moe", dropout=0.2), TrainingSettings(**options)
     calls = works(model, settings)
     for alone, joint in zip(one_by_one(calls), together(calls), strict=True):
-        close(joint.tree, alone.tree, 4e-7)
+        close(joint.tree, alone.tree, 2e-6)
         assert joint.loss == pytest.approx(alone.loss, abs=1e-6)
         assert joint.moments.keys() == alone.moments.keys()
         for name in joint.moments:
@@ -246,5 +246,5 @@ def test_a_layer_that_sees_its_tokens_otherwise_is_refused(tiny_graft):
     model = tiny_graft("olmoe")
     layer = model.base.model.get_submodule(model.base.projections[0].path)
     layer.register_forward_pre_hook(lambda module, args: (args[0][:, None],))
-    with pytest.raises(ValueError, match=r"engine\.cohort: a layer of this model sees .* for 9 rows; set it to 1"):
+    with pytest.raises(ValueError, match=r"engine\.cohort: a layer of this model sees .* for 9 rows of 12 tokens; set it to 1"):
         together(works(model, TrainingSettings()))

@@ -65,10 +65,12 @@ class Lane:
 
     fitted: Fitted
     """Its leaves at their places."""
-    rows: slice
-    """Its rows of the batch."""
+    rows: int
+    """How many rows of the batch are its own; they come after those of the lanes before it."""
     length: int
     """Tokens a row in a batch of its own; what the batch has more is padding that belongs to nobody."""
+    tokens: int
+    """Its tokens without any padding, which are all that a layer sees where padding is left out."""
     draws: Draws
     """Where its dropout is drawn."""
 
@@ -104,10 +106,11 @@ class LaneTerms:
 
     def add(self, output: Tensor, inputs: Tensor, settings: LoraSettings, training: bool) -> Tensor:
         """As `Terms.add`."""
+        outputs, seen = _parts(output, self.lanes), _parts(inputs, self.lanes)
 
         def add(number: int) -> Tensor:
-            terms, part = self.terms[number], _own_part(output, self.lanes, number)
-            return part if terms is None else terms.add(part, _own_part(inputs, self.lanes, number), settings, training)
+            terms = self.terms[number]
+            return outputs[number] if terms is None else terms.add(outputs[number], seen[number], settings, training)
 
         return _over_lanes(self.lanes, self.head, output, add)
 
@@ -123,13 +126,12 @@ class LaneSides:
     def added(self, site: Site, call: Arguments) -> Tensor:
         """What is added to the routed output [T, H], as by `SideExperts` for each client alone."""
         x, routing = self.grafts.seen(site, call)
+        parts = _parts(x, self.lanes)
+        choices = [[part.flatten(0, 1) for part in _parts(tensor, self.lanes)] for tensor in routing or ()]
 
         def add(number: int) -> Tensor:
-            part = _own_part(x, self.lanes, number)
-            choice = routing and (
-                _own_part(routing[0], self.lanes, number).flatten(0, 1),
-                _own_part(routing[1], self.lanes, number).flatten(0, 1),
-            )
+            part = parts[number]
+            choice = (choices[0][number], choices[1][number]) if choices else None
             added = [self.grafts.of_one(side, (part.flatten(0, 1), choice)).view_as(part) for side in self.sides[number]]
             return sum(added[1:], added[0]) if added else torch.zeros_like(part)
 
@@ -137,33 +139,48 @@ class LaneSides:
 
 
 def _over_lanes(lanes: Sequence[Lane], place: str, whole: Tensor, work: Callable[[int], Tensor]) -> Tensor:
-    """`whole`, a layer's result for the batch, with every lane's own part replaced by `work(number of the lane)` [rows, tokens, F].
+    """`whole`, a layer's result for the batch, with every lane's own part replaced by `work(number of the lane)`, like one of `_parts`.
 
     Padding that belongs to no lane stays as it is in `whole`.
     """
-    grid, parts = _rows_of(whole, lanes), []
-    for number, lane in enumerate(lanes):
+    padded, parts = _has_padding(whole, lanes), []
+    rests = _rests(whole, lanes) if padded else [None] * len(lanes)
+    for number, (lane, rest) in enumerate(zip(lanes, rests, strict=True)):
         with lane.draws.at(place, whole.device):
             part = work(number)
-        rest = grid[lane.rows, lane.length :]
-        parts.append(torch.cat([part, rest], 1) if rest.shape[1] else part)
+        parts.append((part if rest is None else torch.cat([part, rest], 1)).flatten(0, 1))
     return torch.cat(parts).view_as(whole)
 
 
-def _own_part(tensor: Tensor, lanes: Sequence[Lane], number: int) -> Tensor:
-    """A lane's rows and tokens [rows, tokens, F] of a tensor over the batch."""
-    lane = lanes[number]
-    return _rows_of(tensor, lanes)[lane.rows, : lane.length]
+def _parts(tensor: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
+    """The lanes' parts of a tensor over the batch: their rows and tokens [rows, tokens, F], without padding their tokens [1, tokens, F]."""
+    if _has_padding(tensor, lanes):
+        return [rows[:, : lane.length] if lane.length < rows.shape[1] else rows for rows, lane in _by_rows(tensor, lanes)]
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return [part[None] for part in flat.split([lane.tokens for lane in lanes])]
 
 
-def _rows_of(tensor: Tensor, lanes: Sequence[Lane]) -> Tensor:
-    """[..., F] as [rows, tokens, F], whether it came by rows or as one list of tokens.
+def _rests(tensor: Tensor, lanes: Sequence[Lane]) -> list[Tensor | None]:
+    """What `_parts` leaves out of each lane's rows."""
+    return [rows[:, lane.length :] if lane.length < rows.shape[1] else None for rows, lane in _by_rows(tensor, lanes)]
+
+
+def _has_padding(tensor: Tensor, lanes: Sequence[Lane]) -> bool:
+    """Whether a layer sees padding too; a batch that has none is the same both ways.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: neither the rows with their padding nor the tokens without, by rows or as one list.
     """
-    count = max(lane.rows.stop for lane in lanes)
-    listed = tensor.dim() == 2 and len(tensor) % count == 0
-    if not listed and not (tensor.dim() == 3 and len(tensor) == count):
-        raise ValueError(f"engine.cohort: a layer of this model sees {list(tensor.shape)} for {count} rows; set it to 1")
-    return tensor.reshape(count, -1, tensor.shape[-1])
+    seen, tokens = tuple(tensor.shape[:-1]), sum(lane.tokens for lane in lanes)
+    if seen in ((tokens,), (1, tokens)):
+        return False
+    rows, length = sum(lane.rows for lane in lanes), max(lane.length for lane in lanes)
+    if seen not in ((rows * length,), (rows, length)):
+        raise ValueError(f"engine.cohort: a layer of this model sees {list(tensor.shape)} for {rows} rows of {length} tokens; set it to 1")
+    return True
+
+
+def _by_rows(tensor: Tensor, lanes: Sequence[Lane]) -> Iterator[tuple[Tensor, Lane]]:
+    """The lanes' rows [rows, tokens, F] with all padding."""
+    counts = [lane.rows for lane in lanes]
+    return zip(tensor.reshape(sum(counts), -1, tensor.shape[-1]).split(counts), lanes, strict=True)

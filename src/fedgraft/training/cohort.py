@@ -22,7 +22,7 @@ from torch import nn
 from fedgraft.data.batches import Batch, stacked
 from fedgraft.grafts.graft import Fitted, GraftedModel
 from fedgraft.grafts.lanes import Draws, Lane
-from fedgraft.training.fit import Gradients, NotFiniteError, Passes, Use, autocast, training_mode
+from fedgraft.training.fit import Gradients, NotFiniteError, Passes, Use, autocast, sparing, training_mode
 from fedgraft.training.settings import TrainingSettings
 
 T = TypeVar("T")
@@ -39,6 +39,7 @@ class Step:
     use: Use
     fitted: Fitted
     """Its leaves at their places."""
+    compact: bool
     draws: Draws
     parts: Sequence[Batch]
 
@@ -112,9 +113,10 @@ class Member(Generic[T]):
     @contextmanager
     def _passes(self, use: Use) -> Iterator[Gradients]:
         draws, fitted = Draws(use.seed, repeats=use.settings.checkpointing), use.model.fitted(use.tree, use.experts)
+        compact = use.compact
 
         def gradients(parts: Sequence[Batch]) -> float:
-            self._said.put(Step(use=use, fitted=fitted, draws=draws, parts=parts))
+            self._said.put(Step(use=use, fitted=fitted, compact=compact, draws=draws, parts=parts))
             return self._wait()
 
         yield gradients
@@ -185,7 +187,7 @@ def _part(steps: Sequence[Step], number: int) -> list[float]:
     model, settings = steps[0].use.model, steps[0].use.settings
     device, parts = model.base.device, [step.parts[number] for step in steps]
     batch = stacked(parts, model.base.pad_id).to(device)
-    with model.using_lanes(list(_lanes(steps, parts))):
+    with model.using_lanes(list(_lanes(steps, parts))), sparing(model, batch.mask, steps[0].compact):
         with autocast(settings.precision, device), model.base.logits_at(batch.predicting):
             logits = model.base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
         each = F.cross_entropy(logits.float(), batch.targets, reduction="none").split([part.response_tokens for part in parts])
@@ -196,9 +198,7 @@ def _part(steps: Sequence[Step], number: int) -> list[float]:
 
 
 def _lanes(steps: Sequence[Step], parts: Sequence[Batch]) -> Iterator[Lane]:
-    begin = 0
     for step, part in zip(steps, parts, strict=True):
         rows, length = part.ids.shape
         step.draws.begin()
-        yield Lane(fitted=step.fitted, rows=slice(begin, begin + rows), length=length, draws=step.draws)
-        begin += rows
+        yield Lane(fitted=step.fitted, rows=rows, length=length, tokens=part.tokens, draws=step.draws)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -17,6 +17,7 @@ from torch import Tensor
 from fedgraft import seeds
 from fedgraft.data.batches import Batch
 from fedgraft.grafts.graft import Experts, GraftedModel
+from fedgraft.moe.sixteen_bit import faster_on_cpu
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.tree import Tree, clone, combine
 
@@ -38,6 +39,11 @@ class Use:
     experts: Experts
     settings: TrainingSettings
     seed: int
+
+    @property
+    def compact(self) -> bool:
+        """Whether MoE layers are spared the padding. The load-balancing loss of a router is computed over all tokens of a batch."""
+        return self.settings.router_aux == 0 and self.model.base.compacts
 
 
 Gradients: TypeAlias = Callable[[Sequence[Batch]], float]
@@ -136,30 +142,37 @@ def autocast(precision: str, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def sparing(model: GraftedModel, mask: Tensor, compact: bool) -> AbstractContextManager[None]:
+    """Forward and backward of rows with this mask; if `compact`, MoE layers are spared the padding."""
+    return model.base.without_padding(mask) if compact else nullcontext()
+
+
 @contextmanager
 def alone(use: Use) -> Iterator[Gradients]:
     """One client's passes by themselves."""
+    compact = use.compact  # found out before anything is in training mode
     with training_mode(use.model, use.settings), seeds.torch_default(use.seed), use.model.using(use.tree, use.experts):
-        yield partial(_gradients, use.model, use.settings)
+        yield partial(_gradients, use.model, use.settings, compact)
 
 
-def _gradients(model: GraftedModel, settings: TrainingSettings, parts: Sequence[Batch]) -> float:
+def _gradients(model: GraftedModel, settings: TrainingSettings, compact: bool, parts: Sequence[Batch]) -> float:
     count = max(1, sum(part.response_tokens for part in parts))
     device = model.base.device
     losses = []
     for part in parts:
         batch = part.to(device)
-        with autocast(settings.precision, device), model.base.logits_at(batch.predicting):
-            output = model.base.model(
-                input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, output_router_logits=settings.router_aux > 0
-            )
-        loss = F.cross_entropy(output.logits.float(), batch.targets, reduction="sum") / count
-        losses.append(loss.detach())
-        if settings.router_aux > 0:
-            if getattr(output, "aux_loss", None) is None:
-                raise ValueError("training.router_aux: this architecture computes no load-balancing loss of its router; set it to 0")
-            loss = loss + settings.router_aux * output.aux_loss * (part.response_tokens / count)
-        loss.backward()
+        with sparing(model, batch.mask, compact):
+            with autocast(settings.precision, device), model.base.logits_at(batch.predicting):
+                output = model.base.model(
+                    input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, output_router_logits=settings.router_aux > 0
+                )
+            loss = F.cross_entropy(output.logits.float(), batch.targets, reduction="sum") / count
+            losses.append(loss.detach())
+            if settings.router_aux > 0:
+                if getattr(output, "aux_loss", None) is None:
+                    raise ValueError("training.router_aux: this architecture computes no load-balancing loss of its router; set it to 0")
+                loss = loss + settings.router_aux * output.aux_loss * (part.response_tokens / count)
+            loss.backward()
     return float(torch.stack(losses).sum())
 
 
@@ -177,7 +190,8 @@ def training_mode(model: GraftedModel, settings: TrainingSettings) -> Iterator[N
     try:
         if settings.checkpointing:
             getattr(network, f"{switch}_checkpointing_enable")(**{f"{switch}_checkpointing_kwargs": {"use_reentrant": False}})
-        yield
+        with faster_on_cpu():
+            yield
     finally:
         if settings.checkpointing:
             getattr(network, f"{switch}_checkpointing_disable")()
