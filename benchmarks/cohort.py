@@ -20,13 +20,15 @@ from fedgraft.report.progress import Quiet
 from fedgraft.session import Session
 
 CLIENTS, MAX_LENGTH = 8, 128
-NAMES = {"fp32": "cohort8", "bf16": "cohort8_bf16"}
+NAMES = {"fp32": "cohort8", "bf16": "cohort8_bf16", "autocast": "cohort8_autocast"}
+"""`bf16`: the base in bfloat16, the leaves in fp32; `autocast`: all in fp32, computed in bfloat16 where autocast allows it."""
+SETTINGS = {"fp32": [], "bf16": ["model.dtype=bfloat16"], "autocast": ["training.precision=bf16"]}
 
 
 def measure(rounds: int, precision: str, threads: int, size: int = CLIENTS) -> dict[str, Any]:
     """The entry of one precision for `results.json`."""
     options = [f"data.max_length={MAX_LENGTH}", f"training.steps={plain_loop.STEPS}", f"training.batch_size={plain_loop.BATCH_SIZE}"]
-    options += [f"federation.rounds={rounds + 1}", f"training.precision={precision}", "lora.dropout=0.0", "selection.tokens=512"]
+    options += [f"federation.rounds={rounds + 1}", *SETTINGS[precision], "lora.dropout=0.0", "selection.tokens=512"]
     options += [f"data.clients={CLIENTS}", f"engine.cohort={size}", f"model.threads={threads}"]
     with tempfile.TemporaryDirectory() as folder:
         session = Session(load_recipe("demo", options), Path(folder), Quiet())

@@ -41,13 +41,13 @@ def can_compact(anatomy: Anatomy, device: torch.device) -> bool:
     ids = torch.arange(16, device=device).view(2, 8) % anatomy.model.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)
     mask[1, 3:] = 0
-    with torch.no_grad():
-        plain = anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        try:
+    try:
+        with torch.no_grad():
+            plain = anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             with compacted([site.block for site in anatomy.sites], mask):
                 compact = anatomy.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError):  # an architecture's own code, which wants all tokens
-            return False
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError):  # an architecture's own code, which wants all tokens
+        return False
     real = mask.bool()
     plain, compact = plain[real].double(), compact[real].double()
     rounding = EXACT if anatomy.model.dtype == torch.float32 else ROUNDED

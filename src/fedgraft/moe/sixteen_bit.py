@@ -1,4 +1,4 @@
-"""Training in 16 bits on a CPU, spared what torch is slow at there (`benchmarks/sixteen_bit.py`)."""
+"""Training in 16 bits on a CPU, spared what torch is slow at there (`benchmarks/cohort.py` measures it)."""
 
 from __future__ import annotations
 
