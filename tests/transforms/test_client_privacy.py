@@ -15,7 +15,7 @@ from fedgraft.bundle import Bundle
 from fedgraft.methods.method import Method
 from fedgraft.transforms.client_privacy import CLIP, WITHIN, Terms, clipped, norm_of, protected
 from fedgraft.transforms.compression import Int8, compressed, restored
-from fedgraft.transforms.noise import seeded
+from fedgraft.transforms.noise import Noise, seeded
 from fedgraft.transforms.privacy import ClientPrivacy
 from fedgraft.tree import equal, subtract
 from tests.strategies import given
@@ -150,16 +150,18 @@ def test_noise_has_the_stated_deviation_and_is_on_every_leaf():
 
 def test_the_same_sum_gets_the_same_noise_and_another_one_other_noise():
     """So a round that is done again releases nothing new, and two sums with equal noise can't be subtracted."""
-    state, terms = leaves(0), terms_of(clip=1.0, noise_multiplier=1.0)
-    one, again = (merged(terms, state, {"c0": leaves(1)}) for _ in range(2))
-    assert equal(one.tree("shared"), again.tree("shared"))
-    other = merged(terms, state, {"c0": leaves(1), "c1": state})  # the same sum from more clients
-    assert equal(one.tree("shared"), other.tree("shared"))
-    found = []
-    for sent_by_it in (leaves(1), leaves(2)):
-        noised, plain = (merged(given, state, {"c0": sent_by_it}).tree("shared") for given in (terms, terms_of(clip=1.0)))
-        found.append(subtract(noised, plain))
-    assert norm_of(subtract(*found)) > 0.1
+    state, distances = leaves(0), []
+    for noise in (Noise(b"secret"), seeded(0)):
+        terms = Terms(settings=settings_of(clip=1.0, noise_multiplier=1.0), expected=4, noise=noise)
+        one, again = (merged(terms, state, {"c0": leaves(1)}) for _ in range(2))
+        assert equal(one.tree("shared"), again.tree("shared"))
+        found = []
+        for sent_by_it in (leaves(1), leaves(2)):
+            noised, plain = (merged(given, state, {"c0": sent_by_it}).tree("shared") for given in (terms, terms_of(clip=1.0)))
+            found.append(subtract(noised, plain))
+        distances.append(norm_of(subtract(*found)))
+    assert distances[0] > 0.1
+    assert distances[1] < 1e-5, "in a simulation runs that differ a little have the same noise"
 
 
 def test_shares_of_the_clients_add_up_to_the_noise():

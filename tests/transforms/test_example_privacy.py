@@ -128,6 +128,13 @@ def test_replies_tell_the_number_of_rows_and_no_more_and_personal_leaves_are_noi
             assert not torch.equal(leaf, usual.memory(name).tree("personal")[key])
 
 
+def test_in_a_cohort_rows_have_the_gradients_that_they_have_alone(start):
+    """Clients of 7, 12 and 5 rows draw different numbers of them in a step; to rounding, as AdamW's first step magnifies it."""
+    alone, together = (train(start, privacy=NOISED, engine={"cohort": size}).go() for size in (1, 3))
+    for key, leaf in alone.state.items():
+        torch.testing.assert_close(together.state[key], leaf, rtol=0, atol=2e-5)
+
+
 def test_the_record_has_the_largest_epsilon_and_each_clients(start):
     """Batches of 2 of 7, 12 and 5 rows, 2 steps in each of 3 rounds; the fewest rows cost most."""
     run = start("fedavg", privacy=NOISED).go()

@@ -1,4 +1,4 @@
-"""A client as methods see it: its name, rows, memory and the calls it may make. One is alive at a time per process."""
+"""A client as methods see it: its name, rows, memory and the calls it may make. One at a time, or a cohort, is alive in a process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedgraft.data.settings import DataSettings
 from fedgraft.grafts.graft import Experts, GraftedModel
 from fedgraft.grafts.side_expert import Mixture
 from fedgraft.selection.settings import SelectionSettings
-from fedgraft.training.fit import Fit, GradientHook, NotFiniteError, Penalty, RowGradients, fit
+from fedgraft.training.fit import Fit, GradientHook, NotFiniteError, Passes, Penalty, RowGradients, alone, fit
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.tree import Tree
 
@@ -63,6 +63,8 @@ class Client:
     """Set where single rows are protected."""
     report: Report = unheard
     """Hears of training steps, calibration tokens and evaluated models."""
+    passes: Passes = alone
+    """How its forward and backward passes are run."""
 
     @property
     def name(self) -> str:
@@ -166,6 +168,7 @@ class Client:
                 on_gradients=on_gradients,
                 moments=moments,
                 report=self.report,
+                passes=self.passes,
                 by_rows=None if self.by_rows is None else self.by_rows.gradients(self._per_step),
             )
         except NotFiniteError as error:

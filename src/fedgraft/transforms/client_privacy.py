@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from fedgraft.address import is_residual
@@ -29,7 +30,7 @@ from fedgraft.methods.method import Method
 from fedgraft.training.client import Client
 from fedgraft.transforms.noise import Noise
 from fedgraft.transforms.privacy import ClientPrivacy, Question
-from fedgraft.tree import Tree, digest, partition, subtract
+from fedgraft.tree import Tree, partition, subtract
 
 CLIP = "clip"
 """The fact of the state and of packages that holds the clip of the round; only where it follows a quantile, else the recipe's holds."""
@@ -155,14 +156,10 @@ def _absorb(terms: Terms, method: Method, server: Server, replies: Iterator[Repl
 
 
 def _noised(tree: Tree, wanted: Mapping[str, Tensor], noise: Noise, deviation: float, *stream: str) -> Tree:
-    """The tree + noise on all `wanted` leaves, those that it lacks too.
-
-    The stream has the digest of the tree in its name: the same sum gets the same noise again, so that a round can be done again, and any
-    other sum noise of its own, so that no two of them can be subtracted from each other.
-    """
-    content = digest(tree)
+    """The tree + noise on all `wanted` leaves, those that it lacks too."""
+    own = noise.about(tree)
     return {
-        key: tree.get(key, leaf.new_zeros(leaf.shape).double()) + noise.normal(tuple(leaf.shape), *stream, content, key) * deviation
+        key: tree.get(key, leaf.new_zeros(leaf.shape).double()) + own.normal(tuple(leaf.shape), *stream, key) * deviation
         for key, leaf in wanted.items()
     }
 
@@ -172,6 +169,7 @@ def _followed(terms: Terms, clip: float, halves: float, round_number: int) -> fl
     settings = terms.settings
     assert settings.quantile is not None
     deviation = terms.counting if settings.noise_multiplier > 0 else 0.0
-    noise = float(terms.noise.normal((1,), "within", round_number, str(halves), str(clip))[0]) * deviation
+    own = terms.noise.about({"halves": torch.tensor([halves, clip], dtype=torch.float64)})
+    noise = float(own.normal((1,), "within", round_number)[0]) * deviation
     share = 0.5 + (halves + noise) / terms.expected
     return clip * math.exp(-settings.quantile_lr * (share - settings.quantile))

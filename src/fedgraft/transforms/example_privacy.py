@@ -21,7 +21,7 @@ from fedgraft.training.client import Client
 from fedgraft.transforms.client_privacy import norm_of, share_within
 from fedgraft.transforms.noise import Noise
 from fedgraft.transforms.privacy import ExamplePrivacy, Question
-from fedgraft.tree import Tree, digest
+from fedgraft.tree import Tree
 
 
 @dataclass(kw_only=True)
@@ -47,12 +47,12 @@ class Gradients:
 
     def give(self, leaves: Mapping[str, Tensor]) -> None:
         """Put the noised mean where the optimiser looks for gradients, on leaves that no row has reached too."""
-        settings, content = self.settings, digest(self.total)
+        settings, own = self.settings, self.noise.about(self.total)
         deviation = settings.noise_multiplier * (settings.clip or 0.0)
         for key, leaf in leaves.items():
             total = self.total.get(key)
             if deviation > 0:
-                drawn = self.noise.normal(tuple(leaf.shape), self.steps, content, key).to(leaf.device) * deviation
+                drawn = own.normal(tuple(leaf.shape), self.steps, key).to(leaf.device) * deviation
                 total = drawn if total is None else total + drawn
             leaf.grad = None if total is None else (total / self.expected).to(leaf.dtype)
         self.total, self.steps = {}, self.steps + 1
@@ -79,8 +79,8 @@ def by_rows(settings: ExamplePrivacy, noise_of: Callable[[str], Noise], question
     """The question `train` to a client that trains by rows, with noise from a secret of its own."""
 
     def asked(client: Client, package: Bundle) -> Bundle:
-        stream = ("rows", str(package.facts["round"]), package.digest(), client.memory.digest())
-        client.by_rows = Rows(settings=settings, noise=noise_of(client.name).below(*stream))
+        own = noise_of(client.name).about(*package.trees.values(), *client.memory.trees.values())
+        client.by_rows = Rows(settings=settings, noise=own.below("rows", str(package.facts["round"])))
         return question(client, package)
 
     return asked

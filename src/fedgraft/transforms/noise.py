@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedgraft import files, seeds
+from fedgraft.tree import digest
 
 SECRET = "noise.key"
 """The file of a secret: the coordinator's in the run folder, a client's in the folder of its memory."""
@@ -31,6 +33,8 @@ class Noise:
     """Streams of random numbers by name."""
 
     secret: bytes = field(repr=False)
+    seeded: bool = False
+    """Of a recipe's seed, so that it hides nothing; then runs that differ by rounding should have the same noise."""
 
     def uniform(self, count: int, *stream: str | int) -> NDArray[np.float64]:
         """Numbers between 0 and 1, both left out, as [count]."""
@@ -49,7 +53,14 @@ class Noise:
 
     def below(self, *stream: str | int) -> Noise:
         """Streams of their own."""
-        return Noise(self._bytes(32, *stream))
+        return replace(self, secret=self._bytes(32, *stream))
+
+    def about(self, *trees: Mapping[str, Tensor]) -> Noise:
+        """Streams that belong to what the noise is added to: the same for the same bits, others for any other, unless `seeded`.
+
+        So what is done again gets the same noise again, and no two contents share noise, which a difference of both would be free of.
+        """
+        return self if self.seeded else self.below("about", *map(digest, trees))
 
     def _bytes(self, count: int, *stream: str | int) -> bytes:
         name = "\x1f".join(map(str, stream)).encode()
@@ -58,7 +69,7 @@ class Noise:
 
 def seeded(seed: int, *stream: str | int) -> Noise:
     """Noise of a simulation: whoever knows the recipe can take it away."""
-    return Noise(seeds.derive(seed, "privacy", *stream).to_bytes(8, "big"))
+    return Noise(seeds.derive(seed, "privacy", *stream).to_bytes(8, "big"), seeded=True)
 
 
 def drawn() -> Noise:
