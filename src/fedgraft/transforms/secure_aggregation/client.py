@@ -137,7 +137,7 @@ class ClientHalf:
         before = held.get("opened", {})
         if before.get("round") == held["round"] and before["sent"] != sorted(sent):
             raise ValueError(
-                f"client {name!r}: another sum of this round was opened before, and their difference would tell of single clients"
+                f"client {name!r}: another sum of this round was opened, and their difference tells of a client; start a new run"
             )
         parts = {name: held["own"], **self._unsealed(client, held, _by_name(package, "sealed_shares"))}
         opened = {other: parts[other]["seed" if other in sent else "key"] for other in sorted(sent | dropped)}

@@ -95,7 +95,7 @@ class SecureRounds:
 
     def ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
         """The replies to a question; to `train`, under secure aggregation, one reply with the weighted mean of all, or none."""
-        if question != TRAIN or not isinstance(self.settings, SecAggPlus):
+        if question != TRAIN or not packages or not isinstance(self.settings, SecAggPlus):
             yield from self.heard(question, packages)
             return
         self.unopened = ""
