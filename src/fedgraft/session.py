@@ -41,15 +41,7 @@ from fedgraft.transforms.compression import restored, summary_lines, widening
 from fedgraft.transforms.secure_aggregation.coordinator import SecureRounds
 from fedgraft.transforms.secure_aggregation.settings import secure_due
 from fedgraft.tree import digest_of_digests
-from fedgraft.trouble import Stand
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM (then the cause is `signals.Terminated`) in a run; `folder` can be resumed."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder))
-        self.folder = folder
+from fedgraft.trouble import Stand, Stopped
 
 
 class Session:
@@ -184,8 +176,7 @@ class Session:
         self.progress.begin(phase, total)
 
     def _without(self, client: str, reason: str, after: str, word: str) -> None:
-        if self.secure.opening:
-            self.progress.warn(f"{reason}. What it has sent is in the sum all the same")
+        if self.secure.excuses(reason):
             return
         self.failures[client] = reason
         self.progress.warn(f"{reason}. {after}")

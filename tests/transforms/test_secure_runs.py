@@ -13,9 +13,9 @@ from fedgraft.aggregation.merges import by_examples
 from fedgraft.bundle import Bundle
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import write_document
-from fedgraft.session import Stopped
 from fedgraft.transforms.secure_aggregation.settings import KEYS, SHARES, TRAIN, UNMASK, SecAggPlus
 from fedgraft.tree import num_bytes, raw_bytes
+from fedgraft.trouble import Stopped
 from tests.contract.test_methods import StopAt
 from tests.engine.conftest import grid_of, identity, light, place, start
 from tests.engine.test_flower import LEAN, Watch, digests, facts, flower, timeless

@@ -93,8 +93,17 @@ class SecureRounds:
         spare = f"{shares - self.threshold} of {shares} may drop out" + (" around each" if self.settings.neighbours else "")
         return [("", f"masked: the coordinator learns sums of at least {self.threshold} clients; {spare}")]
 
+    def excuses(self, reason: str) -> bool:
+        """Whether a client that is lost now is in the sum all the same; then that is told."""
+        if self.opening:
+            self.listener.warn(f"{reason}. What it has sent is in the sum all the same")
+        return self.opening
+
     def ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
-        """The replies to a question; to `train`, under secure aggregation, one reply with the weighted mean of all, or none."""
+        """The replies to a question; to `train`, under secure aggregation, one reply with the weighted mean of all, or none.
+
+        Its facts are `examples`, the sum of the weights, and `clients`, how many are in the sum.
+        """
         if question != TRAIN or not packages or not isinstance(self.settings, SecAggPlus):
             yield from self.heard(question, packages)
             return
@@ -138,7 +147,10 @@ class SecureRounds:
                 f"round {round_.number + 1}: {cut:.1%} of the numbers changed by more than secure_aggregation.clipping_range "
                 f"({round_.settings.clipping_range:g}) and were cut to it; raise it, or lower training.lr"
             )
-        return Reply(client=f"the sum of {len(round_.sent)} clients", bundle=Bundle(trees={"shared": mean}, facts={"examples": weight}))
+        return Reply(
+            client=f"the sum of {len(round_.sent)} clients",
+            bundle=Bundle(trees={"shared": mean}, facts={"examples": weight, "clients": len(round_.sent)}),
+        )
 
 
 class _ClosedError(Exception):
