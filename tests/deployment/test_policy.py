@@ -68,7 +68,7 @@ def test_a_pattern_is_a_head_part_by_part(pattern, address, covered):
 )
 def test_runs(settings, name, rounds, key):
     with refusing(key):
-        check_run(policy(**settings), name, plugins.load("method", name).build(), rounds, False)
+        check_run(policy(**settings), name, plugins.load("method", name).build(), rounds)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_every_shipped_method_but_the_pooled_one_passes_the_default():
         method = plugins.load("method", name).build()
         assert isinstance(method, Method)
         try:
-            check_run(policy(), name, method, 1, False)
+            check_run(policy(), name, method, 1)
         except Refusal:
             refused.append(name)
     assert refused == ["centralised"]

@@ -37,14 +37,12 @@ class Spent:
     """Fingerprints of the training questions of this run that were answered; a question that is asked again counts once."""
 
 
-def check_run(policy: PolicySettings, name: str, method: Method, rounds: int, masked: bool) -> None:
-    """Whether a run may be taken part in at all: its method by name, the method itself, the rounds that it plans, and its protection.
+def check_run(policy: PolicySettings, name: str, method: Method, rounds: int) -> None:
+    """Whether a run may be taken part in at all: its method by name, the method itself, and the rounds that it plans.
 
     Raises:
         Refusal: method, rounds or privacy are not as the policy wants them.
     """
-    if policy.secure_aggregation == "required" and not masked:
-        raise Refusal("policy.secure_aggregation", "this site sends masked leaves alone; set secure_aggregation.name to secagg_plus")
     if policy.methods is not None and name not in policy.methods:
         raise Refusal("policy.methods", f"this site does not take part in {name!r}, only in: {', '.join(policy.methods) or 'nothing'}")
     if method.pooled:
@@ -54,6 +52,16 @@ def check_run(policy: PolicySettings, name: str, method: Method, rounds: int, ma
     for key, wanted in (("clip", policy.privacy.clip), ("noise", policy.privacy.noise)):
         if wanted is not None:
             raise Refusal(f"policy.privacy.{key}", f"this site demands {key} {wanted:g}, and this fedgraft has no differential privacy")
+
+
+def check_masks(policy: PolicySettings, masked: bool) -> None:
+    """Whether replies of a run are masked, where they have to be.
+
+    Raises:
+        Refusal: they aren't.
+    """
+    if policy.secure_aggregation == "required" and not masked:
+        raise Refusal("policy.secure_aggregation", "this site sends masked leaves alone; set secure_aggregation.name to secagg_plus")
 
 
 def check_site(policy: PolicySettings, base: str, examples: int) -> None:

@@ -91,7 +91,8 @@ class SecureRounds:
         check_clients(self.settings, sampled, sum(map(merge.weight, rows())))
         shares, self.threshold = shares_of(self.settings, sampled), threshold_of(self.settings, sampled)
         spare = f"{shares - self.threshold} of {shares} may drop out" + (" around each" if self.settings.neighbours else "")
-        return [("", f"masked: the coordinator learns sums of at least {self.threshold} clients; {spare}")]
+        wide = f"{self.settings.modulus_bits // 8} bytes a number"
+        return [("", f"masked, {wide}: the coordinator learns sums of at least {self.threshold} clients; {spare}")]
 
     def excuses(self, reason: str) -> bool:
         """Whether a client that is lost now is in the sum all the same; then that is told."""
