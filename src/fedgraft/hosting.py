@@ -16,7 +16,6 @@ from fedgraft.aggregation.server import Server
 from fedgraft.bundle import Bundle
 from fedgraft.data.partition import SAFE_NAME, ClientData, check_rows, data_digest, load_clients, pooled, split_rows, training_counts
 from fedgraft.engine.card import Card
-from fedgraft.engine.flower import prepare
 from fedgraft.engine.site import Site
 from fedgraft.engine.wire import Frame
 from fedgraft.evaluation.gather import site_questions
@@ -130,8 +129,6 @@ class Holdings:
         questions = site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends)
         questions["train"] = compressed(self.recipe.compression, questions["train"])
         secure = self.recipe.secure_aggregation
-        if secure.name != "none":
-            prepare("flwr", setting="secure_aggregation.name", without="none")
         questions = masked_questions(secure, questions, method.merge.weight, self.memories.parent)  # the outermost, so nothing comes after
         return Site(
             questions=questions | {"router": _router},

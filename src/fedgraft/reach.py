@@ -13,7 +13,7 @@ from fedgraft.bundle import Bundle
 from fedgraft.data.partition import load_clients
 from fedgraft.engine.card import Card
 from fedgraft.engine.engine import Engine, Listener
-from fedgraft.engine.flower import GridEngine
+from fedgraft.engine.flower import GridEngine, prepare
 from fedgraft.engine.inprocess import InProcess
 from fedgraft.engine.settings import EngineSettings, FlowerSettings, SimulationSettings
 from fedgraft.evaluation.unseen import held_out
@@ -76,6 +76,8 @@ class Here:
 
     def engine(self) -> InProcess:
         """A loop over this process's site."""
+        if self.holdings.recipe.secure_aggregation.name != "none":  # elsewhere Flower is what reaches the clients
+            prepare("flwr", setting="secure_aggregation.name", without="none")
         site = self.holdings.site(sorted([*self.sites, *self.unseen]), lends=True)
         _ = self.holdings.model  # so that what cannot work fails now
         return InProcess(site=site, on_failure=self._listener.failed)

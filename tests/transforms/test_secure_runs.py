@@ -11,6 +11,7 @@ import torch
 from fedgraft import reach, runner
 from fedgraft.aggregation.merges import by_examples
 from fedgraft.bundle import Bundle
+from fedgraft.engine import flower as flower_engine
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import write_document
 from fedgraft.transforms.secure_aggregation.settings import KEYS, SHARES, TRAIN, UNMASK, SecAggPlus
@@ -189,6 +190,12 @@ def test_in_flowers_simulation_it_is_the_run_in_process(place, tmp_path, fresh):
     here = runner.run(recipe, out=tmp_path / "here")
     jobs = [{"recipe": simulated(recipe), "out": str(tmp_path / "there"), "stop": 4}, {"folder": str(tmp_path / "there")}]
     assert in_a_process(jobs) == ["stopped", here.digest]
+
+
+def test_without_flower_it_is_refused_with_the_extra(start, monkeypatch):
+    monkeypatch.setattr(flower_engine, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"secure_aggregation.name: needs flwr, .*pip install 'fedgraft\[flower\]', or set it to none"):
+        start("fedavg", secure_aggregation=SECURE)
 
 
 def test_means_are_the_merges_that_a_client_can_weigh_by_itself():
