@@ -384,19 +384,28 @@ def test_shares_that_do_not_fit_close_the_sum(tmp_path, gone, why, liars):
     assert f"do not fit its {why}" in group.warnings[-1] or len(liars) == 1
 
 
-def test_counts_that_are_none_make_a_reply_a_lost_one(tmp_path):
+@pytest.mark.parametrize(
+    ("question", "facts"),
+    [
+        (TRAIN, {"masked_counts": [-1, 0]}),
+        (TRAIN, {"masked_counts": [1]}),
+        (KEYS, {"public_keys": ["one"]}),
+        (KEYS, {"public_keys": [1, 2]}),
+    ],
+)
+def test_what_is_no_count_or_key_makes_a_reply_a_lost_one(tmp_path, question, facts):
     group = cohort(tmp_path, 4)
     answer = group.answer
 
-    def lying(question, client, package):
-        reply = answer(question, client, package)
-        return changed(reply, masked_counts=[-1, 0]) if (question, client) == (TRAIN, "bo") else reply
+    def lying(asked, client, package):
+        reply = answer(asked, client, package)
+        return changed(reply, **facts) if (asked, client) == (question, "bo") else reply
 
     group.answer = lying  # type: ignore[method-assign]
     reply = group.round()
     assert reply is not None
     assert_is_mean_of(reply, group, ["ada", "cy", "di"])
-    assert group.warnings == ["the reply of client 'bo' can't be used: its 'masked_counts' are none"]
+    assert group.warnings == [f"the reply of client 'bo' can't be used: its '{next(iter(facts))}' are none"]
 
 
 # numbers

@@ -12,6 +12,7 @@ from fedgraft import reach, runner
 from fedgraft.aggregation.merges import by_examples
 from fedgraft.bundle import Bundle
 from fedgraft.engine import flower as flower_engine
+from fedgraft.engine.wire import Frame
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import write_document
 from fedgraft.transforms.secure_aggregation.settings import KEYS, SHARES, TRAIN, UNMASK, SecAggPlus
@@ -156,7 +157,20 @@ def test_a_run_that_dies_at_any_stage_ends_with_the_same_bits(start, question):
 def test_over_a_grid_it_is_the_run_in_process(place, tmp_path, grid_of):
     recipe = place.recipe("flex", **LEAN, secure_aggregation=SECURE)
     here = runner.run(recipe, out=tmp_path / "here")
-    afar = runner.run(flower(recipe), out=tmp_path / "afar", connect=reach.over(grid_of()))
+    grid, received = grid_of(), list[bytes]()
+    pull = grid.pull_messages
+
+    def heard(numbers):
+        messages = pull(numbers)
+        received.extend(Frame.of_records(message.content).content for message in messages)
+        return messages
+
+    grid.pull_messages = heard
+    afar = runner.run(flower(recipe), out=tmp_path / "afar", connect=reach.over(grid))
+    trained = [leaf for path in (tmp_path / "sites").rglob("memory-*") for leaf in Bundle.load(path).tree("trained").values()]
+    assert trained
+    assert len(received) > 24
+    assert not any(raw_bytes(leaf) in content for leaf in trained for content in received)
     assert digests(afar.folder, tmp_path / "sites") == digests(here.folder)
     # packages with shares and keys are as long as chance has them, so bytes differ
     strip = lambda record: ([{**line, "bytes_down": 0} for line in timeless(record)[0]], *timeless(record)[1:])  # noqa: E731

@@ -77,7 +77,7 @@ class ClientHalf:
             ValueError: the neighbours are too few for the threshold or not told apart by their keys, or the client's own keys were changed.
         """
         held, name = self._held(client, KEYS, package), client.name
-        public, threshold = _by_name(package, "public_keys"), int(str(package.facts["threshold"]))
+        public, threshold = _by_name(package, "public_keys"), int(str(package.facts.get("threshold")))
         keys = {key for pair in public.values() if isinstance(pair, list) and len(pair) == 2 for key in map(str, pair)}
         if public.get(name) != held["public"][name] or len(keys) != 2 * len(public):
             raise ValueError(f"client {name!r}: its own public keys were changed on the way, or two clients have the same ones")
@@ -177,14 +177,14 @@ class ClientHalf:
     def _held(self, client: Client, stage: str, package: Bundle) -> dict[str, Any]:
         """The secrets, if the last question of this round was `stage`."""
         held = self._read(client)
-        if (held.get("stage"), held.get("round")) != (stage, package.facts["round"]):
+        if (held.get("stage"), held.get("round")) != (stage, package.facts.get("round")):
             raise ValueError(
                 f"client {client.name!r}: it is not where this question comes in a round; secrets serve once, begin with new keys"
             )
         return held
 
     def _write(self, client: Client, held: dict[str, Any], stage: str, package: Bundle) -> None:
-        self._keep(client, {**held, "stage": stage, "round": package.facts["round"]})
+        self._keep(client, {**held, "stage": stage, "round": package.facts.get("round")})
 
     def _keep(self, client: Client, held: dict[str, Any]) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -7,17 +7,15 @@ anywhere the sum stays closed, which is no reply.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fedgraft.address import is_residual
 from fedgraft.aggregation.merges import Merge
 from fedgraft.aggregation.replies import usable
 from fedgraft.aggregation.server import Ask, Reply
 from fedgraft.bundle import Bundle
-from fedgraft.transforms.secure_aggregation.client import paired
-from fedgraft.transforms.secure_aggregation.primitives import agreed, commitment, join, private_of, public_of
+from fedgraft.transforms.secure_aggregation.round import ClosedError, Round
 from fedgraft.transforms.secure_aggregation.settings import (
     DUE,
     KEYS,
@@ -28,13 +26,12 @@ from fedgraft.transforms.secure_aggregation.settings import (
     SecAggPlus,
     SecureAggregationSettings,
     check_clients,
-    neighbourhoods,
     shares_of,
     threshold_of,
 )
-from fedgraft.transforms.secure_aggregation.vector import COUNTS, Vector, mask, mean_change, of_leaves
-from fedgraft.tree import Tree
+from fedgraft.transforms.secure_aggregation.vector import COUNTS, of_leaves
 
+KEY_PAIRS = 2  # one for masks, one for shares
 CUT = 0.001
 """Share of all numbers that may be cut to the range before a warning says so."""
 
@@ -109,10 +106,10 @@ class SecureRounds:
             yield from self.heard(question, packages)
             return
         self.unopened = ""
-        round_ = _Round(self.settings, packages, self.seed, self.threshold)
+        round_ = Round(self.settings, packages, self.seed, self.threshold)
         try:
             yield self._round(round_)
-        except _ClosedError as closed:
+        except ClosedError as closed:
             self.unopened = str(closed)
             self.listener.warn(f"round {round_.number + 1}: {closed}. The shared leaves stay as they are")
 
@@ -120,9 +117,17 @@ class SecureRounds:
         """The usable replies to a question that comes with `train`."""
         return usable(self.engine.ask(question, packages), packages, DUE[question], {}, self.listener.lost)
 
-    def _round(self, round_: _Round) -> Reply:
+    def _told(self, reply: Reply, fact: str, good: bool) -> bool:
+        """Whether a fact is what it should be; else the reply is lost."""
+        if not good:
+            self.listener.lost(reply.client, f"the reply of client {reply.client!r} can't be used: its {fact!r} are none")
+        return good
+
+    def _round(self, round_: Round) -> Reply:
         for reply in self._put(KEYS, round_.for_keys()):
-            round_.public[reply.client] = _listed(reply.bundle.facts["public_keys"])
+            keys = _listed(reply.bundle.facts["public_keys"])
+            if self._told(reply, "public_keys", len(keys) == KEY_PAIRS and all(isinstance(key, str) for key in keys)):
+                round_.public[reply.client] = keys
         round_.check("made keys", round_.public, round_.public)
         for reply in self._put(SHARES, round_.for_shares()):
             round_.sealed[reply.client] = _mapped(reply.bundle.facts["sealed_shares"])
@@ -130,10 +135,9 @@ class SecureRounds:
         round_.check("shared their secrets", round_.sealed, round_.sealed)
         for reply in self.heard(TRAIN, round_.for_training()):
             counts = _listed(reply.bundle.facts["masked_counts"])
-            if len(counts) == COUNTS and all(type(number) is int and 0 <= number < 2**64 for number in counts):
+            whole = all(type(number) is int and 0 <= number < 2**64 for number in counts)
+            if self._told(reply, "masked_counts", len(counts) == COUNTS and whole):
                 round_.add(reply.client, of_leaves(reply.bundle.tree(MASKED), counts, round_.settings))
-            else:
-                self.listener.lost(reply.client, f"the reply of client {reply.client!r} can't be used: its 'masked_counts' are none")
         round_.check("sent masked changes", round_.sent, round_.sealed)
         self.opening = True
         try:
@@ -152,121 +156,6 @@ class SecureRounds:
             client=f"the sum of {len(round_.sent)} clients",
             bundle=Bundle(trees={"shared": mean}, facts={"examples": weight, "clients": len(round_.sent)}),
         )
-
-
-class _ClosedError(Exception):
-    """The sum cannot be opened."""
-
-
-@dataclass
-class _Round:
-    """What the coordinator knows of one round, stage by stage."""
-
-    settings: SecAggPlus
-    packages: Mapping[str, Bundle]
-    seed: int
-    threshold: int
-    public: dict[str, list[str]] = field(default_factory=dict)
-    sealed: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Client -> neighbour -> what is sealed for it."""
-    commitments: dict[str, str] = field(default_factory=dict)
-    sent: list[str] = field(default_factory=list)
-    total: Vector | None = None
-    opened: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.number = next((int(str(package.facts["round"])) for package in self.packages.values()), 0)
-        self.near = neighbourhoods(self.settings, list(self.packages), self.seed, self.number)
-
-    def for_keys(self) -> dict[str, Bundle]:
-        return {name: Bundle(facts={"round": self.number}) for name in self.packages}
-
-    def for_shares(self) -> dict[str, Bundle]:
-        common = {"round": self.number, "threshold": self.threshold}
-        return {
-            name: Bundle(facts={**common, "public_keys": {other: self.public[other] for other in self._of(name, self.public)}})
-            for name in self.public
-        }
-
-    def for_training(self) -> dict[str, Bundle]:
-        """The method's own packages, and the clients that a mask is shared with."""
-        return {
-            name: Bundle(
-                trees=self.packages[name].trees,
-                facts={**self.packages[name].facts, "peers": [other for other in self._of(name, self.sealed) if other != name]},
-            )
-            for name in self.sealed
-        }
-
-    def for_unmasking(self) -> dict[str, Bundle]:
-        return {
-            name: Bundle(
-                facts={
-                    "round": self.number,
-                    "sent": self._of(name, self.sent),
-                    "dropped": self._of(name, self.sealed.keys() - set(self.sent)),
-                    "sealed_shares": {other: self.sealed[other].get(name) for other in self._of(name, self.sealed) if other != name},
-                }
-            )
-            for name in self.sent
-        }
-
-    def add(self, client: str, vector: Vector) -> None:
-        self.sent.append(client)
-        self.total = vector if self.total is None else self.total + vector
-
-    def check(self, what: str, there: Collection[str], of: Collection[str]) -> None:
-        """Whether each client of `of` has enough neighbours among those that are there."""
-        if there and all(len(self._of(name, there)) >= self.threshold for name in of):
-            return
-        missing = ", ".join(name for name in self.packages if name not in there) or "nobody"
-        near = "" if self.settings.neighbours is None else " around each client"
-        raise _ClosedError(
-            f"no sum is opened, because {len(there)} of {len(self.packages)} clients {what} and {self.threshold} are needed{near}; "
-            f"missing: {missing}"
-        )
-
-    def result(self) -> tuple[Tree, int, float]:
-        """Shared leaves that have changed by the weighted mean, in float64; the sum of weights; the share of numbers that were cut."""
-        total = self._unmasked()
-        weight, cut = int(total.counts[0]), int(total.counts[1])
-        if not weight:
-            raise _ClosedError("no sum is opened, because its weights are none")
-        before = {key: leaf for key, leaf in self.packages[self.sent[0]].tree("shared").items() if not is_residual(key)}
-        change = mean_change(total, {key: tuple(leaf.shape) for key, leaf in before.items()}, self.settings)
-        after = {key: leaf.double() + change[key] for key, leaf in before.items()}
-        return after, weight, cut / max(1, len(total.words) * len(self.sent))
-
-    def _unmasked(self) -> Vector:
-        assert self.total is not None
-        total, size = self.total, len(self.total.words)
-        for name in self.sent:
-            seed = self._recovered(name)
-            if commitment(seed) != self.commitments[name]:
-                raise _ClosedError(f"no sum is opened, because the shares of client {name!r} do not fit its secret")
-            total -= mask(seed, size, self.settings)
-        for gone in self.sealed.keys() - set(self.sent):
-            scalar = self._recovered(gone)
-            try:
-                private = private_of(scalar)
-            except ValueError:
-                private = ""
-            if not private or public_of(private) != self.public[gone][0]:
-                raise _ClosedError(f"no sum is opened, because the shares of client {gone!r} do not fit its key")
-            for name in self._of(gone, self.sent):  # takes the mask off again that `name` has put on
-                total = paired(total, gone, name, agreed(private, self.public[name][0]), self.settings)
-        return total
-
-    def _recovered(self, name: str) -> bytes:
-        shares = [str(self.opened[other].get(name)) for other in self._of(name, self.opened)]
-        try:
-            return join(shares[: self.threshold])
-        except ValueError:
-            raise _ClosedError(f"no sum is opened, because the shares of client {name!r} are of no secret") from None
-
-    def _of(self, name: str, there: Collection[str]) -> list[str]:
-        """Those of `there` that are the client or its neighbours."""
-        return sorted(self.near[name].intersection(there))
 
 
 def _listed(value: Any) -> list[Any]:
