@@ -206,6 +206,14 @@ def test_in_flowers_simulation_it_is_the_run_in_process(place, tmp_path, fresh):
     assert in_a_process(jobs) == ["stopped", here.digest]
 
 
+def test_clients_that_train_at_once_mask_each_its_own(start):
+    engine = {"name": "inprocess", "cohort": 3}
+    plain, masked = (start("fedavg", federation={"rounds": 1}, engine=engine, **more).go() for more in ({}, {"secure_aggregation": FINE}))
+    assert {len(content) > 1000 for question, _, content in masked.up if question == TRAIN} == {True}
+    for key, leaf in masked.state.items():
+        torch.testing.assert_close(leaf, plain.state[key], rtol=0, atol=1e-7)
+
+
 def test_without_flower_it_is_refused_with_the_extra(start, monkeypatch):
     monkeypatch.setattr(flower_engine, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"secure_aggregation.name: needs flwr, .*pip install 'fedgraft\[flower\]', or set it to none"):
