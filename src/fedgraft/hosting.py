@@ -29,6 +29,7 @@ from fedgraft.training.client import Client, MemoryStore, Report, unheard
 from fedgraft.training.fit import NotFiniteError
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.transforms.chain import Sending
+from fedgraft.transforms.secure_aggregation.client import masked_questions
 from fedgraft.tree import Tree
 
 
@@ -134,8 +135,10 @@ class Holdings:
         """
         method = settled(self.method, self.base, self.recipe.lora, list(names))
         questions = site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends)
+        secure, sent = self.recipe.secure_aggregation, self.sending.questions(questions)
+        questions = masked_questions(secure, sent, method.merge.weight, self.memories.parent)  # the outermost, so nothing comes after
         return Site(
-            questions=self.sending.questions(questions) | {"router": _router},
+            questions=questions | {"router": _router},
             open_client=self.open,
             store=MemoryStore(self.memories),
         )

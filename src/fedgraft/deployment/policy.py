@@ -13,6 +13,7 @@ from fedgraft.deployment.site_settings import PolicySettings
 from fedgraft.deployment.site_settings import PrivacySettings as Demanded
 from fedgraft.methods.method import Method
 from fedgraft.transforms.privacy import ClientPrivacy, ExamplePrivacy, NoPrivacy
+from fedgraft.transforms.secure_aggregation.settings import DUE, MASKED, TRAIN
 from fedgraft.tree import Predicate
 from fedgraft.words import size
 
@@ -77,6 +78,16 @@ def _check_privacy(demanded: Demanded, privacy: NoPrivacy | ClientPrivacy | Exam
         raise Refusal("policy.privacy.noise", f"{text}; raise privacy.noise_multiplier")
 
 
+def check_masks(policy: PolicySettings, masked: bool) -> None:
+    """Whether replies of a run are masked, where they have to be.
+
+    Raises:
+        Refusal: they aren't.
+    """
+    if policy.secure_aggregation == "required" and not masked:
+        raise Refusal("policy.secure_aggregation", "this site sends masked leaves alone; set secure_aggregation.name to secagg_plus")
+
+
 def check_site(policy: PolicySettings, base: str, examples: int) -> None:
     """Whether what the site would train with is what the policy expects: its base model's digest and the rows behind a reply.
 
@@ -95,7 +106,7 @@ def check_question(policy: PolicySettings, question: str, fingerprint: str, spen
     Raises:
         Refusal: such questions are not, or the rounds are used up.
     """
-    if question not in policy.questions:
+    if (TRAIN if question in DUE else question) not in policy.questions:
         raise Refusal("policy.questions", f"this site does not answer {question!r}, only: {', '.join(policy.questions) or 'nothing'}")
     if policy.rounds is not None and question == "train" and len(spent.rounds | {fingerprint}) > policy.rounds:
         raise Refusal("policy.rounds", f"{policy.rounds} training rounds of this run have been answered, and no more will be")
@@ -108,6 +119,8 @@ def check_reply(policy: PolicySettings, content: Outline, personal: Predicate) -
         Refusal: it holds something that stays here.
     """
     for tree, leaves in sorted(content.trees.items()):
+        if leaves and tree != MASKED and policy.secure_aggregation == "required":
+            raise Refusal("policy.secure_aggregation", f"the reply holds leaves under {tree!r}, this site sends masked ones alone")
         if leaves and tree not in policy.trees:
             raise Refusal("policy.trees", f"the reply holds leaves under {tree!r}, this site sends only: {', '.join(policy.trees)}")
         for address in sorted(leaves):

@@ -24,6 +24,7 @@ def round_line(
     failures: Mapping[str, str],
     left: Collection[str],
     privacy: Mapping[str, Any],
+    unopened: str = "",
 ) -> dict[str, Any]:
     """The line of a finished round.
 
@@ -37,6 +38,7 @@ def round_line(
         failures: client -> why it has no reply.
         left: clients that have withdrawn, nothing of which is in this round.
         privacy: what all rounds up to this one have spent.
+        unopened: why the sum of the replies stayed closed, so that nothing was merged.
     """
     clients = {name: {key: facts[key] for key in TOLD if key in facts} for name, facts in replies.items()}
     return {
@@ -51,6 +53,7 @@ def round_line(
         **({"failed": dict(failures)} if failures else {}),
         **({"left": sorted(left)} if left else {}),
         **({"privacy": dict(privacy)} if privacy else {}),
+        **({"unopened": unopened} if unopened else {}),
     }
 
 

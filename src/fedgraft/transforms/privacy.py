@@ -102,6 +102,10 @@ class Planned(Protocol):
         """How changes are coded."""
 
     @property
+    def secure_aggregation(self) -> Any:
+        """Whether replies are masked."""
+
+    @property
     def training(self) -> TrainingSettings:
         """How a client trains."""
 
@@ -145,6 +149,8 @@ def _unbounded(settings: ClientPrivacy | ExamplePrivacy, recipe: Planned) -> str
         and "clip: noise is measured in units of the clip; set one, or noise_multiplier to 0",
         (settings.secret is False and recipe.engine.name == "flower")
         and "secret: sites elsewhere know the recipe and its seed, and with that all noise; leave it out",
+        recipe.secure_aggregation.name != "none"
+        and "name: each reply is clipped or weighed by itself, and secure_aggregation shows none; set secure_aggregation.name to none",
         recipe.engine.keep_replies
         and "name: engine.keep_replies keeps what each client has sent, not only their noised sum; set it to false",
     )
