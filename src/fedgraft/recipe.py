@@ -25,6 +25,7 @@ from fedgraft.report.settings import RecordSettings
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
+from fedgraft.transforms.attack import AttackSettings, NoAttack, check_attack
 from fedgraft.transforms.compression import CompressionSettings, NoCompression, check_compression
 from fedgraft.yaml_text import read_value, read_yaml
 
@@ -56,6 +57,7 @@ class Recipe(Section):
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
     compression: CompressionSettings = NoCompression()
+    attack: AttackSettings = NoAttack()
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: EngineSettings = InProcessSettings()
     record: RecordSettings = RecordSettings()
@@ -88,6 +90,7 @@ class Recipe(Section):
         assert isinstance(method, Method)
         method = self._with_merge(method)
         check_compression(self.compression, method, self.method.name)
+        check_attack(self.attack, method, self.method.name, self.engine.name)
         for key in ("dropout", "deadline", "join") if method.pooled else ():
             if getattr(self.federation, key) != FederationSettings.model_fields[key].default:
                 raise ValueError(f"federation.{key}: method {self.method.name!r} pools the rows, so no client can be missing; remove it")
@@ -107,7 +110,9 @@ class Recipe(Section):
         return method
 
     def _with_merge(self, method: Method) -> Method:
-        """`federation.merge` in the place of the method's mean."""
+        """`federation.merge` in the place of the method's mean, and whether the method sends what `norm_limit` is about."""
+        if self.federation.norm_limit is not None and (not method.merges_changes or method.personal is everything):
+            raise ValueError(f"federation.norm_limit: method {self.method.name!r} sends no changes of shared leaves; remove it")
         rule = self.federation.merge
         merge = rule.merge(method.merge)
         if merge is method.merge:

@@ -21,7 +21,7 @@ from fedgraft.deployment.place import Place
 from fedgraft.deployment.policy import PERSONAL, Refusal
 from fedgraft.deployment.site_log import SiteLog, told
 from fedgraft.deployment.site_settings import SiteSettings
-from fedgraft.engine.wire import Frame
+from fedgraft.engine.wire import ECHOED, Frame
 from fedgraft.hosting import Holdings, Host
 from fedgraft.methods.method import settled
 from fedgraft.recipe import Recipe, check_values
@@ -174,7 +174,7 @@ class Guard:
         if response.kind == "card":
             return Outline(trees={}, facts=response.facts["card"])
         found = Bundle.outline(response.content, "the reply")
-        beside = {name: fact for name, fact in response.facts.items() if name != "client"}
+        beside = {name: fact for name, fact in response.facts.items() if name not in ECHOED}
         content = Outline(trees=found.trees, facts={**found.facts, **beside})
         key = (holdings, asked.clients)
         if self._personal is None or self._personal[0] != key:

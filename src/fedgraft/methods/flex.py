@@ -56,7 +56,8 @@ def open_common(method: Method, server: Server, ask: Ask) -> None:
 
     def listening(question: str, packages: dict[str, Bundle]) -> Any:
         for reply in ask(question, packages):
-            choices[reply.client] = reply.bundle.facts["experts"]
+            if "experts" in reply.bundle.facts:
+                choices[reply.client] = reply.bundle.facts["experts"]
             yield reply
 
     open_run(method, server, listening)
