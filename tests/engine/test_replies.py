@@ -116,6 +116,17 @@ def test_an_old_reply_that_is_sent_again_is_lost_by_name(place, tmp_path, grid_o
     }
 
 
+def test_a_second_reply_to_one_message_counts_for_nothing(place, tmp_path, grid_of):
+    recipe = flower(place.recipe("fedavg", federation={"rounds": 1}))
+    once = runner.run(recipe, out=tmp_path / "once", connect=reach.over(grid_of()))
+    grid = grid_of(folder=tmp_path / "others")
+    pull = grid.pull_messages
+    grid.pull_messages = lambda numbers: [message for message in pull(numbers) for _ in range(2)]
+    twice = runner.run(recipe, out=tmp_path / "twice", connect=reach.over(grid))
+    assert state_of(twice) == state_of(once)
+    assert [list(line["clients"]) for line in twice.rounds] == [["ada", "bo", "cy"]]
+
+
 @pytest.mark.parametrize("fact", ["run", "client", "question", "asked"])
 def test_a_reply_says_what_it_answers(place, tmp_path, grid_of, fact):
     grid = altered(grid_of(), 101, "train", lambda bundle: bundle, lambda facts: {**facts, fact: "other"})

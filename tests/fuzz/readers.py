@@ -254,15 +254,13 @@ READERS: dict[str, Reader] = {
     "reply's facts": Reader(
         read=replied, seeds=_json({**SHARED.facts, "models": FIGURES}, {"examples": 2, "unseen": {"0": FIGURES}}), many=MILLION
     ),
-    "recipe": Reader(read=of_file("recipe.yaml", lambda path: load_recipe(path).absolute()), seeds=RECIPES, many=50_000),
-    "site.yaml": Reader(read=of_file("site.yaml", load_site), seeds=(SITE.encode(),), many=200_000),
+    "recipe": Reader(read=of_file("recipe.yaml", lambda path: load_recipe(path).absolute()), seeds=RECIPES, many=20_000),
+    "site.yaml": Reader(read=of_file("site.yaml", load_site), seeds=(SITE.encode(),), many=20_000),
     "coordinator.yaml": Reader(
-        read=of_file("coordinator.yaml", load_connection), seeds=(b"address: localhost:9092\ninsecure: true\n",), many=200_000
+        read=of_file("coordinator.yaml", load_connection), seeds=(b"address: localhost:9092\ninsecure: true\n",), many=20_000
     ),
-    "federation.yaml": Reader(
-        read=of_file("federation/federation.yaml", lambda path: find(path.parent)), seeds=(FEDERATION,), many=200_000
-    ),
-    "run's recipe.yaml": Reader(read=of_file("run.yaml", read_recipe), seeds=(RUN,), many=200_000),
+    "federation.yaml": Reader(read=of_file("federation/federation.yaml", lambda path: find(path.parent)), seeds=(FEDERATION,), many=20_000),
+    "run's recipe.yaml": Reader(read=of_file("run.yaml", read_recipe), seeds=(RUN,), many=20_000),
     "run's documents": Reader(read=of_file("x.json", read_document), seeds=_json({"schema": 1, "clients": {"ada": {}}}), many=MILLION),
     "rounds.jsonl": Reader(
         read=of_file("rounds.jsonl", lines), seeds=(b'{"round": 0, "loss": 1.5}\n{"round": 1, "failed": {"bo": "x"}}\n',), many=MILLION
