@@ -262,9 +262,10 @@ class Host:
         return self._held[1]
 
     def own(self, values: dict[str, Any]) -> dict[str, Any]:
-        """A recipe with the site's own keys in the place of the coordinator's."""
+        """A recipe with the site's own keys in the place of the coordinator's; a section that is none is left to be refused."""
         sections = {"model": self.model, "data": self.data}
-        return {**values, **{name: {**values.get(name, {}), **own} for name, own in sections.items()}}
+        asked = {name: values.get(name) or {} for name in sections}
+        return {**values, **{name: {**asked[name], **own} for name, own in sections.items() if isinstance(asked[name], dict)}}
 
 
 @dataclass(frozen=True)

@@ -198,5 +198,17 @@ def test_first_leaves_that_cannot_be_used_come_from_the_next_client(place, tmp_p
     assert warning.startswith("the reply of client 'ada' can't be used: leaf 'layers.0.")
 
 
+def test_who_tells_of_other_layers_than_the_others_has_no_vote(place, tmp_path, grid_of):
+    """The shared graft's expert is elected by the others, and the run goes on."""
+    recipe = flower(place.recipe("flex", options={"shared_graft": True}, federation={"rounds": 1}))
+
+    def shorter(bundle):
+        return Bundle(trees=bundle.trees, facts={**bundle.facts, "experts": [[7]]})
+
+    record = runner.run(recipe, out=tmp_path / "run", connect=reach.over(altered(grid_of(), 100, "graft", shorter)))
+    assert len(record.rounds) == 1
+    assert len(Bundle.load(record.folder / "state" / "state.safetensors").facts["common"]) == 2
+
+
 def state_of(record):
     return Bundle.load(record.folder / "state" / "state.safetensors").digest()
