@@ -3,7 +3,7 @@
     python tools/results.py --section main-job runs/main/*
     python tools/results.py --section rows --pivot data.train_rows --figure loss --beside local runs/rows/*
 
-    python tools/results.py --document docs/reliability.md --section attackers --pivot attack --figure loss runs/robustness/*
+    python tools/results.py --document docs/reliability.md --section attackers --pivot attack --common runs/robustness/*
 
 Runs that differ only in their seed are one row; with `--pivot` the values of one recipe key, or of a whole section, are the columns of a
 table of one figure.
@@ -51,7 +51,8 @@ def _flatten(values: dict[str, Any], head: str = "") -> list[tuple[str, Any]]:
 def _value(recipe: dict[str, Any], key: str) -> Any:
     """What a recipe says under a key; of a section all that it says, as text."""
     flat = dict(_flatten(recipe))
-    return flat[key] if key in flat else " ".join(str(value) for name, value in flat.items() if name.startswith(f"{key}."))
+    inside = sorted(flat, key=lambda name: name != f"{key}.name")  # its name first, the others as they stand
+    return flat[key] if key in flat else " ".join(str(flat[name]) for name in inside if name.startswith(f"{key}."))
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -87,20 +88,26 @@ def section(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def pivoted(records: list[Record], key: str, figure: str, beside: str = "") -> str:
+def pivoted(records: list[Record], key: str, figure: str, beside: str = "", common: bool = False) -> str:
     """A Markdown table of one figure: a row per method and further settings, a column per value of the recipe's `key`.
 
     With `beside`, a method, cells say in brackets how much they are above its runs of the same seeds, mean ± deviation of the differences.
+    With `common`, means are over those clients that all runs of a seed have evaluated.
     """
+    seeds = {record.recipe["seed"] for record in records}
+    shared = {seed: set[str].intersection(*({*record.results} for record in records if record.recipe["seed"] == seed)) for seed in seeds}
     groups: dict[tuple[str, Any], dict[int, float]] = defaultdict(dict)
     labels = differences([record.recipe for record in records], key)
     for label, record in zip(labels, records, strict=True):
         for row, model in ((label, "personal"), ("base", "base")):
-            if found := record.figures(model, figure):
+            found = record.figures(model, figure)
+            if common:
+                found = {client: value for client, value in found.items() if client in shared[record.recipe["seed"]]}
+            if found:
                 groups[row, _value(record.recipe, key)][record.recipe["seed"]] = summary(found, True)["mean"]
-    columns, digits = sorted({value for _, value in groups}), FIGURES[figure][2]
-    seeds = {len(by_seed) for by_seed in groups.values()}
-    head = f"{FIGURES[figure][0]}, seeds: {' or '.join(map(str, sorted(seeds)))}, by {key}"
+    columns, digits = sorted({value for _, value in groups}, key=lambda value: (value != "none", value)), FIGURES[figure][2]
+    counts = {len(by_seed) for by_seed in groups.values()}
+    head = f"{FIGURES[figure][0]}, seeds: {' or '.join(map(str, sorted(counts)))}, by {key}"
     lines = [f"| {head} | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     rows = [row for row in dict.fromkeys(("base", *labels)) if any((row, value) in groups for value in columns)]
     for row in rows:
@@ -136,9 +143,10 @@ def main() -> None:
     parser.add_argument("--pivot", metavar="KEY", help="a key or section whose values are the columns, such as data.train_rows")
     parser.add_argument("--beside", metavar="METHOD", default="", help="with --pivot: also differences to this method, paired by seed")
     parser.add_argument("--figure", default="loss", choices=sorted(FIGURES), help="what a table with --pivot shows")
+    parser.add_argument("--common", action="store_true", help="with --pivot: only clients that all runs of a seed have evaluated")
     options = parser.parse_args()
     records = [Record.load(folder) for folder in options.runs if (folder / "results.json").is_file()]
-    table = pivoted(records, options.pivot, options.figure, options.beside) if options.pivot else section(records)
+    table = pivoted(records, options.pivot, options.figure, options.beside, options.common) if options.pivot else section(records)
     written(options.document, options.section, table)
 
 
