@@ -23,7 +23,8 @@ from fedgraft.data.datasets import jsonl
 from fedgraft.data.example import SPLITS
 from fedgraft.deployment import frames
 from fedgraft.deployment.connection import load_connection
-from fedgraft.deployment.federation import find
+from fedgraft.deployment.farewell import Farewell
+from fedgraft.deployment.federation import Federation, add_site, create, find
 from fedgraft.deployment.site_settings import load_site
 from fedgraft.engine.card import Card
 from fedgraft.engine.wire import Frame, _sum
@@ -183,6 +184,20 @@ def indexed(content: bytes) -> None:
     inspect_folder(written("sharded/model.safetensors.index.json", content).parent)
 
 
+@functools.cache
+def federation(place: Path) -> Federation:
+    """With keys and one site."""
+    made = create(place / "leaving", ["127.0.0.1"], port=9092, listen="127.0.0.1", insecure=False)
+    add_site(made, "north")
+    return made
+
+
+def said(content: bytes) -> None:
+    """What anybody who reaches the coordinator's port can say at the door where sites leave."""
+    door = Farewell(federation(folder()))
+    assert door.hear(content.replace(b"CHALLENGE", door.hear(b"")[1].encode()))[0] in {200, 400, 403}
+
+
 def rows(content: bytes) -> None:
     """Training rows, packed."""
     rows_of(written("rows.jsonl.gz", gzip.compress(content, 0)))
@@ -250,6 +265,13 @@ READERS: dict[str, Reader] = {
         read=framed, seeds=_json({"schema": 1, "kind": "ask", "facts": ASKED.facts, "bytes": 0}), many=MILLION
     ),
     "worker's frame": Reader(read=received, seeds=_frames(), many=MILLION),
+    "farewell": Reader(
+        read=said,
+        seeds=_json(
+            {"site": "north", "challenge": "CHALLENGE", "signature": "abcd"}, {"site": "x", "challenge": "0.ab.cd", "signature": ""}
+        ),
+        many=200_000,
+    ),
     "card": Reader(read=lambda content: Card.of(files.parse_json(content)), seeds=_json(CARD.as_facts()), many=MILLION),
     "reply's facts": Reader(
         read=replied, seeds=_json({**SHARED.facts, "models": FIGURES}, {"examples": 2, "unseen": {"0": FIGURES}}), many=MILLION
