@@ -104,6 +104,13 @@ def test_what_makes_no_sense_is_refused(recipe, said):
         load_recipe({"method": {"name": "fedavg"}, **recipe, "attack": {"name": "scale"}})
 
 
+def test_a_misspelt_key_is_named():
+    with pytest.raises(
+        ValueError, match=r"unknown key 'attack\.scale\.factr' \(did you mean 'factor'\?\); there are: name, clients, factor"
+    ):
+        load_recipe({"method": {"name": "fedavg"}, "attack": {"name": "scale", "factr": 3}})
+
+
 def test_a_run_under_attack(start):
     """Attackers are merged and not evaluated; with a sound merge of three, one client that sends ten times its change moves nothing far."""
     sections = {"federation": {"rounds": 2}, "training": {"steps": 1}}

@@ -38,6 +38,8 @@ class NoAttack(Section):
 class _Attack(Section):
     """Some of the clients attack."""
 
+    name: str
+    """The attack."""
     clients: NonNegativeInt | tuple[str, ...] = 1
     """The attackers: by name, or how many, drawn from the seed."""
 
