@@ -30,6 +30,7 @@ from fedgraft.training.fit import NotFiniteError
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.transforms.attack import attacking
 from fedgraft.transforms.compression import compressed
+from fedgraft.transforms.secure_aggregation.client import masked_questions
 from fedgraft.tree import Tree
 
 
@@ -130,6 +131,8 @@ class Holdings:
         if lends:
             questions["train"] = attacking(self.recipe.attack, list(self.federated), self.recipe.seed, questions["train"])
         questions["train"] = compressed(self.recipe.compression, questions["train"])
+        secure = self.recipe.secure_aggregation
+        questions = masked_questions(secure, questions, method.merge.weight, self.memories.parent)  # the outermost, so nothing comes after
         return Site(
             questions=questions | {"router": _router},
             open_client=self.open,

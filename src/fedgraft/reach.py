@@ -15,7 +15,7 @@ from fedgraft.bundle import Bundle
 from fedgraft.data.partition import load_clients
 from fedgraft.engine.card import Card
 from fedgraft.engine.engine import Engine, Listener
-from fedgraft.engine.flower import GridEngine
+from fedgraft.engine.flower import GridEngine, prepare
 from fedgraft.engine.inprocess import InProcess
 from fedgraft.engine.settings import EngineSettings, FlowerSettings, InProcessSettings, SimulationSettings
 from fedgraft.evaluation.unseen import held_out
@@ -80,6 +80,8 @@ class Here:
 
     def engine(self) -> InProcess:
         """A loop over this process's site."""
+        if self.holdings.recipe.secure_aggregation.name != "none":  # elsewhere Flower is what reaches the clients
+            prepare("flwr", setting="secure_aggregation.name", without="none")
         site = self.holdings.site(sorted([*self.sites, *self.unseen]), lends=True)
         return InProcess(site=site, cohort=self._cohort(), on_failure=self._listener.failed)
 

@@ -27,6 +27,7 @@ from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.transforms.attack import AttackSettings, NoAttack, check_attack
 from fedgraft.transforms.compression import CompressionSettings, NoCompression, check_compression
+from fedgraft.transforms.secure_aggregation.settings import NoSecureAggregation, SecureAggregationSettings, check_secure_aggregation
 from fedgraft.yaml_text import read_value, read_yaml
 
 METHOD_SECTIONS = frozenset({"lora", "graft", "selection"})
@@ -58,6 +59,7 @@ class Recipe(Section):
     training: TrainingSettings = TrainingSettings()
     compression: CompressionSettings = NoCompression()
     attack: AttackSettings = NoAttack()
+    secure_aggregation: SecureAggregationSettings = NoSecureAggregation()
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: EngineSettings = InProcessSettings()
     record: RecordSettings = RecordSettings()
@@ -91,6 +93,8 @@ class Recipe(Section):
         method = self._with_merge(method)
         check_compression(self.compression, method, self.method.name)
         check_attack(self.attack, method, self.method.name, self.engine.name)
+        coding, kept = self.compression.name, self.engine.keep_replies
+        check_secure_aggregation(self.secure_aggregation, method, self.method.name, compression=coding, keep_replies=kept)
         for key in ("dropout", "deadline", "join") if method.pooled else ():
             if getattr(self.federation, key) != FederationSettings.model_fields[key].default:
                 raise ValueError(f"federation.{key}: method {self.method.name!r} pools the rows, so no client can be missing; remove it")
@@ -111,8 +115,9 @@ class Recipe(Section):
 
     def _with_merge(self, method: Method) -> Method:
         """`federation.merge` in the place of the method's mean, and whether the method sends what `norm_limit` is about."""
-        if self.federation.norm_limit is not None and (not method.merges_changes or method.personal is everything):
-            raise ValueError(f"federation.norm_limit: method {self.method.name!r} sends no changes of shared leaves; remove it")
+        unseen = not method.merges_changes or method.personal is everything or self.secure_aggregation.name != "none"
+        if self.federation.norm_limit is not None and unseen:
+            raise ValueError(f"federation.norm_limit: with method {self.method.name!r}, or sums alone, no change is seen; remove it")
         rule = self.federation.merge
         merge = rule.merge(method.merge)
         if merge is method.merge:

@@ -104,6 +104,14 @@ def test_what_makes_no_sense_is_refused(recipe, said):
         load_recipe({"method": {"name": "fedavg"}, **recipe, "attack": {"name": "scale"}})
 
 
+@pytest.mark.parametrize(
+    "recipe", [{"method": {"name": "flora"}}, {"method": {"name": "local"}}, {"secure_aggregation": {"name": "secagg_plus"}}]
+)
+def test_a_limit_of_changes_that_nobody_sees_is_refused(recipe):
+    with pytest.raises(ValueError, match=r"federation\.norm_limit: with method '\w+', or sums alone, no change is seen; remove it"):
+        load_recipe({"method": {"name": "fedavg"}, **recipe, "federation": {"norm_limit": 1.0}})
+
+
 def test_a_misspelt_key_is_named():
     with pytest.raises(
         ValueError, match=r"unknown key 'attack\.scale\.factr' \(did you mean 'factor'\?\); there are: name, clients, factor"

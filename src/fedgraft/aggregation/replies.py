@@ -68,6 +68,8 @@ class Due:
     """Names of facts that it can't do without."""
     longest: float | None = None
     """Largest Euclidean norm of the change of the shared leaves; empty: any."""
+    dtype: torch.dtype | None = None
+    """Type of its leaves; None: numbers with a point, all of them finite."""
 
 
 def usable(
@@ -77,7 +79,7 @@ def usable(
     for reply in replies:
         try:
             package = packages[reply.client]
-            _check(reply.bundle, due.leaves(shapes, package, reply.bundle), due.facts)
+            _check(reply.bundle, due.leaves(shapes, package, reply.bundle), due)
             if due.longest is not None and (norm := change(reply.bundle, package)) > due.longest:
                 raise ValueError(f"its change has the norm {norm:.4g}, federation.norm_limit is {due.longest:g}")
         except ValueError as error:
@@ -91,15 +93,15 @@ def change(reply: Bundle, package: Bundle) -> float:
     return math.sqrt(sum(float(leaf.square().sum()) for leaf in subtract(reply.tree("shared"), package.tree("shared")).values()))
 
 
-def _check(reply: Bundle, due: Mapping[str, Shapes], facts: tuple[str, ...]) -> None:
+def _check(reply: Bundle, leaves: Mapping[str, Shapes], due: Due) -> None:
     """Compare a reply with what was due.
 
     Raises:
         ValueError: a leaf is missing, superfluous, of another shape or not finite, or a fact is missing or of another form.
     """
-    for name in sorted(reply.trees.keys() | due.keys()):
-        _check_tree(name, reply.tree(name), due.get(name, {}))
-    if missing := [name for name in facts if name not in reply.facts]:
+    for name in sorted(reply.trees.keys() | leaves.keys()):
+        _check_tree(name, reply.tree(name), leaves.get(name, {}), due.dtype)
+    if missing := [name for name in due.facts if name not in reply.facts]:
         raise ValueError(f"it does not tell {missing[0]!r}")
     for name, least in LEAST.items():
         fact = reply.facts.get(name)
@@ -113,11 +115,15 @@ def _check(reply: Bundle, due: Mapping[str, Shapes], facts: tuple[str, ...]) -> 
             raise ValueError(f"its {name!r} is not what it should be ({problem['loc']}: {problem['msg']})"[:500]) from None
 
 
-def _check_tree(name: str, tree: Tree, due: Shapes) -> None:
+def _check_tree(name: str, tree: Tree, due: Shapes, dtype: torch.dtype | None) -> None:
     for key in sorted(tree.keys() ^ due.keys()):
         raise ValueError(f"leaf {key!r} of {name!r} is {'missing' if key in due else 'there and was not asked for'}")
     for key, leaf in sorted(tree.items()):
         if tuple(leaf.shape) != tuple(due[key]):
             raise ValueError(f"leaf {key!r} of {name!r} has shape {tuple(leaf.shape)} in place of {tuple(due[key])}")
+        if dtype is not None:
+            if leaf.dtype != dtype:
+                raise ValueError(f"leaf {key!r} of {name!r} is {leaf.dtype} in place of {dtype}")
+            continue
         if leaf.dtype not in NUMBERS or not leaf.isfinite().all():
             raise ValueError(f"leaf {key!r} of {name!r} holds numbers that are not finite")
