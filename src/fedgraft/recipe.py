@@ -25,9 +25,11 @@ from fedgraft.report.settings import RecordSettings
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
-from fedgraft.transforms.compression import CompressionSettings, NoCompression, check_compression
-from fedgraft.transforms.privacy import NoPrivacy, PrivacySettings, check_privacy
-from fedgraft.transforms.secure_aggregation.settings import NoSecureAggregation, SecureAggregationSettings, check_secure_aggregation
+from fedgraft.transforms.attack import AttackSettings, NoAttack
+from fedgraft.transforms.checks import check_transforms
+from fedgraft.transforms.compression import CompressionSettings, NoCompression
+from fedgraft.transforms.privacy import NoPrivacy, PrivacySettings
+from fedgraft.transforms.secure_aggregation.settings import NoSecureAggregation, SecureAggregationSettings
 from fedgraft.yaml_text import read_value, read_yaml
 
 METHOD_SECTIONS = frozenset({"lora", "graft", "selection"})
@@ -59,6 +61,7 @@ class Recipe(Section):
     training: TrainingSettings = TrainingSettings()
     privacy: PrivacySettings = NoPrivacy()
     compression: CompressionSettings = NoCompression()
+    attack: AttackSettings = NoAttack()
     secure_aggregation: SecureAggregationSettings = NoSecureAggregation()
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: EngineSettings = InProcessSettings()
@@ -91,10 +94,7 @@ class Recipe(Section):
             raise ValueError(explain(error, "method.")) from None
         assert isinstance(method, Method)
         method = self._with_merge(method)
-        check_compression(self.compression, method, self.method.name)
-        check_privacy(self, method, self.method.name)
-        coding, kept = self.compression.name, self.engine.keep_replies
-        check_secure_aggregation(self.secure_aggregation, method, self.method.name, compression=coding, keep_replies=kept)
+        check_transforms(self, method, self.method.name)
         for key in ("dropout", "deadline", "join") if method.pooled else ():
             if getattr(self.federation, key) != FederationSettings.model_fields[key].default:
                 raise ValueError(f"federation.{key}: method {self.method.name!r} pools the rows, so no client can be missing; remove it")
@@ -114,7 +114,10 @@ class Recipe(Section):
         return method
 
     def _with_merge(self, method: Method) -> Method:
-        """`federation.merge` in the place of the method's mean."""
+        """`federation.merge` in the place of the method's mean, and whether the method sends what `norm_limit` is about."""
+        unseen = not method.merges_changes or method.personal is everything or self.secure_aggregation.name != "none"
+        if self.federation.norm_limit is not None and unseen:
+            raise ValueError(f"federation.norm_limit: with method {self.method.name!r}, or sums alone, no change is seen; remove it")
         rule = self.federation.merge
         merge = rule.merge(method.merge)
         if merge is method.merge:

@@ -37,6 +37,7 @@ from fedgraft.report.results import write_results
 from fedgraft.report.spending import Spending
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
+from fedgraft.transforms.attack import honest
 from fedgraft.transforms.compression import restored, summary_lines, widening
 from fedgraft.transforms.secure_aggregation.coordinator import SecureRounds
 from fedgraft.transforms.secure_aggregation.settings import secure_due
@@ -92,15 +93,16 @@ class Session:
         work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
         self.account = take_account(anatomy, self.method, recipe.lora, recipe.graft, work)
         self.shapes = shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
-        self.due = secure_due(recipe.secure_aggregation, due_replies(self.method, self.guarantee.due))
+        self.due = secure_due(recipe.secure_aggregation, due_replies(self.method, recipe.federation.norm_limit, self.guarantee.due))
         self.engine = self.reach.engine()
         self.progress.step("model")
         federation, asked = recipe.federation, recipe.federation.clients_of(len(self.reach.sites))
         self.secure = SecureRounds(recipe.secure_aggregation, recipe.seed, self._heard, self.engine, self)
         sums = self.secure.plan(self.method.merge, asked, lambda: [card.rows["train"] for card in self.reach.cards()])
         keeps = self.kept.plan(self.account.bytes_up() * widening(recipe.compression), asked, federation.rounds)
-        sent = [*self.guarantee.lines(), *summary_lines(recipe.compression, self.shapes), *sums]
-        self.progress.tell([*summary(self.account), *sent, *keeps])
+        self.progress.tell(
+            [*summary(self.account), *self.guarantee.lines(), *summary_lines(recipe.compression, self.shapes), *sums, *keeps]
+        )
         self.server = server_of(recipe, self.training, self.reach.sites, self.reach.fresh_adapters, self.guarantee.sampling_seed)
         self.method = self.guarantee.protect(self.method)
 
@@ -115,8 +117,7 @@ class Session:
             self.guarantee.begin()
             if not self.opened:
                 self._open()
-            left = range(self.server.round, self.recipe.federation.rounds)
-            if left:
+            if left := range(self.server.round, self.recipe.federation.rounds):
                 self._begin("training", sum(len(self.server.participation(number).asked) for number in left))
             while self.server.round < self.recipe.federation.rounds:
                 self._round()
@@ -281,17 +282,17 @@ class Session:
     def _evaluate(self) -> None:
         """Measure every client's models, then write results and digests."""
         settings, reach = self.recipe.evaluation, self.reach
-        clients, unseen = (reach.clients, reach.unseen) if self.guarantee.measured else ([], [])
+        who = honest(self.recipe.attack, reach.clients, self.recipe.seed)
+        clients, unseen = (who, reach.unseen) if self.guarantee.measured else ([], [])
         self._begin("evaluation", replies(len(clients), len(unseen), settings))
         asked = self.engine.asked
         results = gather(self.method, self.server, self._ask, clients, unseen, settings)
         self.engine.asked = asked  # evaluation leaves no trace in memories, so it can be repeated
-        store = self.engine.store
         write_results(
             self.folder,
             results | self.guarantee.result(self.server.round, self.server.state.facts),
             state=self.server.state,
-            clients={name: store.load(name, asked).digest() for name in reach.sites} if store is not None else {},
+            clients={name: store.load(name, asked).digest() for name in reach.sites} if (store := self.engine.store) is not None else {},
             left=self.engine.left.intersection(reach.sites),
             seed=self.recipe.seed,
             resamples=settings.resamples,

@@ -5,6 +5,7 @@ Each check raises `Refusal`, whose text names the key of `site.yaml` that refuse
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -76,6 +77,18 @@ def _check_privacy(demanded: Demanded, privacy: NoPrivacy | ClientPrivacy | Exam
     if noise is not None and privacy.noise_multiplier < noise:
         text = f"the run has the noise multiplier {privacy.noise_multiplier:g}, this site wants at least {noise:g}"
         raise Refusal("policy.privacy.noise", f"{text}; raise privacy.noise_multiplier")
+
+
+def check_tasks(lm_eval: Sequence[str]) -> None:
+    """A coordinator has no code run here: a task of lm-eval can name Python beside its file, or in a dataset.
+
+    Raises:
+        Refusal: the recipe asks for such tasks.
+    """
+    if lm_eval:
+        raise Refusal(
+            "evaluation.lm_eval", f"tasks of lm-eval ({lm_eval[0]!r}, ...) can run code, so no site asks them; use evaluation.tasks"
+        )
 
 
 def check_masks(policy: PolicySettings, masked: bool) -> None:

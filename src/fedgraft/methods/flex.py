@@ -56,13 +56,15 @@ def open_common(method: Method, server: Server, ask: Ask) -> None:
 
     def listening(question: str, packages: dict[str, Bundle]) -> Any:
         for reply in ask(question, packages):
-            choices[reply.client] = reply.bundle.facts["experts"]
+            if "experts" in reply.bundle.facts:
+                choices[reply.client] = reply.bundle.facts["experts"]
             yield reply
 
     open_run(method, server, listening)
     if not choices:
         raise ValueError("method.shared_graft: no client has answered, so there is no expert to begin with; start again when one is there")
-    common = elect(list(choices.values()))
+    depth, _ = Counter(map(len, choices.values())).most_common(1)[0]  # a client that tells of other layers than the others has no vote
+    common = elect([choice for choice in choices.values() if len(choice) == depth])
     for client in choices:
         for reply in ask("graft", {client: server.package(common=common)}):
             shared = {**server.state.tree("shared"), **reply.bundle.tree("shared")}

@@ -102,6 +102,10 @@ class Planned(Protocol):
         """How changes are coded."""
 
     @property
+    def attack(self) -> Any:
+        """Which clients are hostile, in a simulation."""
+
+    @property
     def secure_aggregation(self) -> Any:
         """Whether replies are masked."""
 
