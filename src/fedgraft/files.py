@@ -23,13 +23,13 @@ LOCK = ".lock"
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write under a temporary name in the same folder, flush to the disk, rename over `path`."""
+def write_bytes(path: Path, content: bytes, private: bool = False) -> None:
+    """Write under a temporary name in the same folder, flush to the disk, rename over `path`; `private`: for its owner's eyes only."""
     with deferred(), _naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with aside.open("wb") as sink:
+            with open(aside, "wb", opener=_owners if private else None) as sink:
                 sink.write(content)
                 sink.flush()
                 os.fsync(sink.fileno())
@@ -171,6 +171,11 @@ def _parse(line: bytes, place: str) -> Any:
         return parse_json(line)
     except ValueError as error:
         raise ValueError(f"{place}: damaged ({error}); restore the file from a copy, or start a new run") from None
+
+
+def _owners(name: str, flags: int) -> int:
+    """Opens a file that nobody else can read at any moment, where the system has such modes."""
+    return os.open(name, flags, 0o600)
 
 
 def _flush_folder(folder: Path) -> None:

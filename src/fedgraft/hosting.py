@@ -29,7 +29,7 @@ from fedgraft.training.client import Client, MemoryStore, Report, unheard
 from fedgraft.training.fit import NotFiniteError
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.transforms.attack import attacking
-from fedgraft.transforms.compression import compressed
+from fedgraft.transforms.chain import Sending
 from fedgraft.transforms.secure_aggregation.client import masked_questions
 from fedgraft.tree import Tree
 
@@ -39,7 +39,9 @@ def training_of(recipe: Recipe, method: Method, clients: int) -> TrainingSetting
     return recipe.training.for_pool(recipe.federation.clients_of(clients)) if method.pooled else recipe.training
 
 
-def server_of(recipe: Recipe, training: TrainingSettings, sites: list[str], fresh_shared: Callable[[], Tree]) -> Server:
+def server_of(
+    recipe: Recipe, training: TrainingSettings, sites: list[str], fresh_shared: Callable[[], Tree], seed: int | None = None
+) -> Server:
     """The coordinator's side of a run, still without a state.
 
     Args:
@@ -47,10 +49,11 @@ def server_of(recipe: Recipe, training: TrainingSettings, sites: list[str], fres
         training: how its sites train.
         sites: names of who trains.
         fresh_shared: makes new leaves of everything in `lora.targets`.
+        seed: who takes part follows from it; None: the recipe's.
     """
     return Server(
         clients=sites,
-        seed=recipe.seed,
+        seed=recipe.seed if seed is None else seed,
         federation=recipe.federation,
         lr=recipe.training.lr,
         lr_min=recipe.training.lr_min,
@@ -62,18 +65,23 @@ def server_of(recipe: Recipe, training: TrainingSettings, sites: list[str], fres
 class Holdings:
     """Rows, base model and memories in one process, for one run. Rows are there at once, the model when it is first needed."""
 
-    def __init__(self, recipe: Recipe, memories: Path, hear: Callable[[str], Report] = lambda client: unheard) -> None:
+    def __init__(
+        self, recipe: Recipe, memories: Path, hear: Callable[[str], Report] = lambda client: unheard, discreet: bool = False
+    ) -> None:
         """Read the rows.
 
         Args:
             recipe: the run.
             memories: folder of the client memories.
             hear: called with a client's name when it is opened; what it returns hears how far it is.
+            discreet: as `Sending.discreet`.
 
         Raises:
             ValueError: the rows cannot be read, or a client has none to be evaluated on.
         """
         self.recipe, self.memories, self.hear = recipe, memories, hear
+        privacy, coding = recipe.privacy, recipe.compression
+        self.sending = Sending(privacy=privacy, compression=coding, seed=recipe.seed, memories=memories, discreet=discreet)
         self.method = recipe.build_method()
         self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
         check_rows(self.clients.values(), recipe.evaluation.split)
@@ -130,9 +138,8 @@ class Holdings:
         questions = site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends)
         if lends:
             questions["train"] = attacking(self.recipe.attack, list(self.federated), self.recipe.seed, questions["train"])
-        questions["train"] = compressed(self.recipe.compression, questions["train"])
-        secure = self.recipe.secure_aggregation
-        questions = masked_questions(secure, questions, method.merge.weight, self.memories.parent)  # the outermost, so nothing comes after
+        secure, sent = self.recipe.secure_aggregation, self.sending.questions(questions)
+        questions = masked_questions(secure, sent, method.merge.weight, self.memories.parent)  # the outermost, so nothing comes after
         return Site(
             questions=questions | {"router": _router},
             open_client=self.open,
@@ -154,12 +161,12 @@ class Holdings:
 
     def card(self, name: str) -> Card:
         """How a client introduces itself."""
-        data = self.clients[name]
+        data, hidden = self.clients[name], self.sending.hides_rows
         return Card(
             name=name,
-            rows=split_rows(data),
-            categories=training_counts(data),
-            data_digest=data_digest(data),
+            rows={} if hidden else split_rows(data),
+            categories={} if hidden else training_counts(data),
+            data_digest=self.sending.digest(name, data_digest(data)),
             base_digest=self.base.digest,
             base_notes=tuple(self.base.notes),
             device=str(self.base.device),
@@ -187,6 +194,8 @@ class Host:
     """Keys of the recipe's section `model` that are the site's own."""
     data: dict[str, Any] = field(default_factory=dict)
     """Keys of the recipe's section `data` that are the site's own."""
+    discreet: bool = False
+    """As `Sending.discreet`."""
     _held: tuple[object, Holdings] | None = None
     _site: tuple[object, Site] | None = None
 
@@ -261,7 +270,7 @@ class Host:
         if self._held is None or self._held[0] != (run, values):
             self._held = self._site = None  # before the next base is loaded
             recipe = check_values(self.own(values), "the coordinator's recipe")
-            self._held = ((run, values), Holdings(recipe, self.memories(run)))
+            self._held = ((run, values), Holdings(recipe, self.memories(run), discreet=self.discreet))
         return self._held[1]
 
     def own(self, values: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fedgraft.moe.skeleton import skeleton
 from fedgraft.recipe import Recipe
 from fedgraft.training.client import MemoryStore
 from fedgraft.training.cohort import obstacle
+from fedgraft.transforms.guarantee import Guarantee
 from fedgraft.tree import Tree
 
 
@@ -129,7 +130,7 @@ class Afar:
         """
         self.recipe, self._engine, self._done = recipe, engine, done
         _check_bases(engine.cards)
-        rows = {card.name: card.rows["train"] for card in engine.cards}
+        rows = {card.name: card.rows.get("train", 0) for card in engine.cards}
         self.unseen = held_out(recipe.evaluation.unseen, rows, recipe.build_method(), recipe.seed)
         self.clients = self.sites = [name for name in rows if name not in self.unseen]
         for card in engine.cards:
@@ -263,3 +264,24 @@ def connecting(settings: EngineSettings) -> Connect:
 
 
 CONNECT: dict[str, Connect] = {"inprocess": Here, "flower-simulation": _in_simulation, "flower": _only_on}
+
+
+def promise(recipe: Recipe, folder: Path, reach: Reach, steps: int) -> Guarantee:
+    """What a run promises its clients or their rows.
+
+    Args:
+        recipe: the run.
+        folder: of the run.
+        reach: its clients.
+        steps: optimiser steps of a site in a round, at most.
+
+    Raises:
+        ValueError: it could not be kept.
+    """
+
+    def rows() -> dict[str, int]:
+        known = {card.name: card.rows.get("train", 0) for card in reach.cards()}
+        pooled = {name: sum(known[client] for client in reach.clients) for name in reach.sites if name not in known}
+        return {name: known.get(name, 0) or pooled[name] for name in reach.sites}
+
+    return Guarantee(recipe=recipe, folder=folder, seed=recipe.seed, sites=list(reach.sites), rows=rows, steps=steps)

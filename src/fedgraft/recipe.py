@@ -25,9 +25,11 @@ from fedgraft.report.settings import RecordSettings
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
-from fedgraft.transforms.attack import AttackSettings, NoAttack, check_attack
-from fedgraft.transforms.compression import CompressionSettings, NoCompression, check_compression
-from fedgraft.transforms.secure_aggregation.settings import NoSecureAggregation, SecureAggregationSettings, check_secure_aggregation
+from fedgraft.transforms.attack import AttackSettings, NoAttack
+from fedgraft.transforms.checks import check_transforms
+from fedgraft.transforms.compression import CompressionSettings, NoCompression
+from fedgraft.transforms.privacy import NoPrivacy, PrivacySettings
+from fedgraft.transforms.secure_aggregation.settings import NoSecureAggregation, SecureAggregationSettings
 from fedgraft.yaml_text import read_value, read_yaml
 
 METHOD_SECTIONS = frozenset({"lora", "graft", "selection"})
@@ -57,6 +59,7 @@ class Recipe(Section):
     selection: SelectionSettings = SelectionSettings()
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
+    privacy: PrivacySettings = NoPrivacy()
     compression: CompressionSettings = NoCompression()
     attack: AttackSettings = NoAttack()
     secure_aggregation: SecureAggregationSettings = NoSecureAggregation()
@@ -91,10 +94,7 @@ class Recipe(Section):
             raise ValueError(explain(error, "method.")) from None
         assert isinstance(method, Method)
         method = self._with_merge(method)
-        check_compression(self.compression, method, self.method.name)
-        check_attack(self.attack, method, self.method.name, self.engine.name)
-        coding, kept = self.compression.name, self.engine.keep_replies
-        check_secure_aggregation(self.secure_aggregation, method, self.method.name, compression=coding, keep_replies=kept)
+        check_transforms(self, method, self.method.name)
         for key in ("dropout", "deadline", "join") if method.pooled else ():
             if getattr(self.federation, key) != FederationSettings.model_fields[key].default:
                 raise ValueError(f"federation.{key}: method {self.method.name!r} pools the rows, so no client can be missing; remove it")

@@ -25,23 +25,22 @@ from fedgraft.evaluation.knowledge import check_tasks
 from fedgraft.hosting import server_of, training_of
 from fedgraft.kept import Kept
 from fedgraft.methods.method import settled
-from fedgraft.reach import Connect, connecting
+from fedgraft.reach import Connect, connecting, promise
 from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
-from fedgraft.report.lines import drop_from, left_since, round_line
+from fedgraft.report.lines import drop_from, round_line
 from fedgraft.report.now import noting
 from fedgraft.report.progress import Progress, reply_text
-from fedgraft.report.record import Record, keep_choices, keep_finish, write_document
+from fedgraft.report.record import Record, keep_choices, keep_finish
 from fedgraft.report.recording import check, recording
+from fedgraft.report.results import write_results
 from fedgraft.report.spending import Spending
-from fedgraft.report.summary import summarise
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
 from fedgraft.transforms.attack import honest
 from fedgraft.transforms.compression import restored, summary_lines, widening
 from fedgraft.transforms.secure_aggregation.coordinator import SecureRounds
 from fedgraft.transforms.secure_aggregation.settings import secure_due
-from fedgraft.tree import digest_of_digests
 from fedgraft.trouble import Stand, Stopped
 
 
@@ -90,18 +89,22 @@ class Session:
         self.progress.step(f"data; next the base model {recipe.model.name}")
         anatomy = self.reach.anatomy()
         self.method = settled(self.method, anatomy, recipe.lora, sorted([*self.reach.sites, *self.reach.unseen]))
+        self.guarantee = promise(recipe, self.folder, self.reach, self.training.steps)
         work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
         self.account = take_account(anatomy, self.method, recipe.lora, recipe.graft, work)
         self.shapes = shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
-        self.due = secure_due(recipe.secure_aggregation, due_replies(self.method, recipe.federation.norm_limit))
+        self.due = secure_due(recipe.secure_aggregation, due_replies(self.method, recipe.federation.norm_limit, self.guarantee.due))
         self.engine = self.reach.engine()
         self.progress.step("model")
         federation, asked = recipe.federation, recipe.federation.clients_of(len(self.reach.sites))
         self.secure = SecureRounds(recipe.secure_aggregation, recipe.seed, self._heard, self.engine, self)
         sums = self.secure.plan(self.method.merge, asked, lambda: [card.rows["train"] for card in self.reach.cards()])
         keeps = self.kept.plan(self.account.bytes_up() * widening(recipe.compression), asked, federation.rounds)
-        self.progress.tell([*summary(self.account), *summary_lines(recipe.compression, self.shapes), *sums, *keeps])
-        self.server = server_of(recipe, self.training, self.reach.sites, self.reach.fresh_adapters)
+        self.progress.tell(
+            [*summary(self.account), *self.guarantee.lines(), *summary_lines(recipe.compression, self.shapes), *sums, *keeps]
+        )
+        self.server = server_of(recipe, self.training, self.reach.sites, self.reach.fresh_adapters, self.guarantee.sampling_seed)
+        self.method = self.guarantee.protect(self.method)
 
     def go(self) -> Record:
         """From wherever the run stands to its end."""
@@ -111,10 +114,10 @@ class Session:
 
     def _go(self) -> Record:
         try:
+            self.guarantee.begin()
             if not self.opened:
                 self._open()
-            left = range(self.server.round, self.recipe.federation.rounds)
-            if left:
+            if left := range(self.server.round, self.recipe.federation.rounds):
                 self._begin("training", sum(len(self.server.participation(number).asked) for number in left))
             while self.server.round < self.recipe.federation.rounds:
                 self._round()
@@ -196,7 +199,8 @@ class Session:
                 self.progress.step(f"round {self.server.round + 1}  {reply.client}  too late")
                 continue
             self.replies[reply.client] = dict(reply.bundle.facts)
-            self.progress.step(reply_text(self.server.round, reply.client, reply.bundle.facts))
+            note = self.guarantee.note(question, self.server.round)
+            self.progress.step(reply_text(self.server.round, reply.client, reply.bundle.facts, note))
             yield reply
 
     def _open(self) -> None:
@@ -247,6 +251,7 @@ class Session:
             simulated=part.facts(self.training.least_steps is not None),
             failures=self.failures,
             left=self._leaving(),
+            privacy=self.guarantee.spent(self.server.round + 1, self.server.state.facts),
             unopened=self.secure.unopened,
         )
         with deferred():
@@ -277,18 +282,19 @@ class Session:
     def _evaluate(self) -> None:
         """Measure every client's models, then write results and digests."""
         settings, reach = self.recipe.evaluation, self.reach
-        clients = honest(self.recipe.attack, reach.clients, self.recipe.seed)
-        self._begin("evaluation", replies(len(clients), len(reach.unseen), settings))
+        who = honest(self.recipe.attack, reach.clients, self.recipe.seed)
+        clients, unseen = (who, reach.unseen) if self.guarantee.measured else ([], [])
+        self._begin("evaluation", replies(len(clients), len(unseen), settings))
         asked = self.engine.asked
-        results = gather(self.method, self.server, self._ask, clients, reach.unseen, settings)
+        results = gather(self.method, self.server, self._ask, clients, unseen, settings)
         self.engine.asked = asked  # evaluation leaves no trace in memories, so it can be repeated
-        store = self.engine.store
-        digests = {name: store.load(name, asked).digest() for name in self.reach.sites} if store is not None else {}
-        state = self.server.state.digest()
-        write_document(self.folder / "digest.json", {"state": state, "clients": digests})
-        files.write_text(self.folder / "digest.txt", digest_of_digests([state, *(digests[name] for name in sorted(digests))]) + "\n")
-        overall = summarise(results["clients"], self.recipe.seed, settings.resamples)
-        left = left_since(files.read_lines(self.folder / "rounds.jsonl"), self.engine.left.intersection(reach.sites), self.server.round)
-        results = {"rounds": self.server.round, **results, "summary": overall, **({"left": left} if left else {})}
-        write_document(self.folder / "results.json", results)  # comes last: with it the run is finished
+        write_results(
+            self.folder,
+            results | self.guarantee.result(self.server.round, self.server.state.facts),
+            state=self.server.state,
+            clients={name: store.load(name, asked).digest() for name in reach.sites} if (store := self.engine.store) is not None else {},
+            left=self.engine.left.intersection(reach.sites),
+            seed=self.recipe.seed,
+            resamples=settings.resamples,
+        )
         self.tell_recorders()

@@ -122,3 +122,23 @@ def test_enough_clients_and_known_ones_are_fine():
 def test_settings_are_checked(wrong):
     with pytest.raises(ValidationError):
         FederationSettings(**wrong)
+
+
+def test_poisson_samples_each_client_by_itself_as_often_as_said():
+    """2 of 5: each with probability 0.4 whoever else is there, 2,000 rounds within 5 deviations; nobody now and then, 0.6^5 = 8 %."""
+    settings = {"clients_per_round": 2, "sampling": "poisson"}
+    rounds = [part(number, **settings).asked for number in range(2000)]
+    for name in NAMES:
+        assert abs(sum(name in asked for asked in rounds) - 800) < 5 * math.sqrt(2000 * 0.24)
+    together = sum({"a", "b"} <= set(asked) for asked in rounds)
+    assert abs(together - 320) < 5 * math.sqrt(2000 * 0.16 * 0.84)
+    assert abs(sum(not asked for asked in rounds) - 2000 * 0.6**5) < 5 * math.sqrt(2000 * 0.6**5)
+    assert all(asked == [name for name in NAMES if name in asked] for asked in rounds)
+
+
+def test_a_poisson_sample_does_not_hang_on_who_has_joined():
+    settings = {"clients_per_round": 2, "sampling": "poisson"}
+    for number in range(50):
+        late = part(number, join={"a": 10}, **settings).asked
+        assert late == [name for name in part(number, **settings).asked if name != "a" or number >= 10]
+    assert part(0, sampling="poisson").asked == NAMES, "without a number of clients everybody is in every round"

@@ -385,3 +385,35 @@ def test_the_log_is_lines_of_json(opened, values):
     answer(guard, request("join", values()))
     lines = guard.place.log.read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["verdict"] for line in lines] == ["loaded", "answered"]
+
+
+def test_under_client_privacy_a_site_tells_nothing_but_leaves_and_keeps_its_protection(opened, values, shared):
+    """Neither rows nor figures, a salted digest; noise of a secret of its own; and a run can't drop the protection it began with."""
+    guard, private = opened(), {"name": "client", "clip": 0.01, "where": "clients", "least": 2}
+    open_card = answer(opened(), request("join", values(), run="run-0")).facts["card"]
+    card = answer(guard, request("join", values(privacy=private))).facts["card"]
+    assert (card["rows"], card["categories"]) == ({}, {})
+    assert card["data_digest"] != open_card["data_digest"]
+    assert answer(guard, request("join", values(privacy=private))).facts["card"]["data_digest"] == card["data_digest"]
+    asked = train(values(privacy=private), shared=shared)
+    first, again = (Bundle.decode(answer(guard, asked).content) for _ in range(2))
+    assert first.facts == {}
+    assert first.digest() == again.digest(), "a question that is asked again gets the same answer"
+    assert (guard.place.memories(RUN) / NAME / "noise.key").is_file()
+    figures = train(values(privacy=private), number=1, shared=shared, question="evaluate")
+    assert Bundle.decode(answer(guard, figures).content).facts == {}
+    changed = answer(guard, train(values(), number=1, shared=shared))
+    assert "the run began here with other settings of privacy" in changed.facts["reason"]
+
+
+def test_figures_leave_where_the_recipe_asks_for_them(opened, values, shared):
+    private = {"name": "client", "clip": 0.01, "figures": True}
+    reply = answer(opened(), train(values(privacy=private), shared=shared, question="evaluate"))
+    assert "models" in Bundle.decode(reply.content).facts
+
+
+def test_secret_noise_of_two_sites_of_one_recipe_is_not_the_same(opened, values, shared):
+    private = values(privacy={"name": "examples"})
+    replies = [Bundle.decode(answer(opened(), train(private, shared=shared, run=run)).content) for run in ("run-1", "run-2")]
+    assert replies[0].digest() != replies[1].digest()
+    assert [reply.facts.keys() for reply in replies] == [{"examples"}, {"examples"}]

@@ -12,6 +12,7 @@ from fedgraft.bundle import Outline
 from fedgraft.deployment.policy import Refusal, Spent, check_bytes, check_question, check_reply, check_run, check_site, covers
 from fedgraft.deployment.site_settings import PolicySettings
 from fedgraft.methods.method import Method
+from fedgraft.transforms.privacy import ClientPrivacy, ExamplePrivacy, NoPrivacy
 
 ATTENTION, SIDE, OWN = "layers.3.attention.q.A", "layers.3.side.0.expert.gate.A", "layers.3.own.attention.q.A"
 ANYTHING = ["layers", "head"]
@@ -69,6 +70,27 @@ def test_a_pattern_is_a_head_part_by_part(pattern, address, covered):
 def test_runs(settings, name, rounds, key):
     with refusing(key):
         check_run(policy(**settings), name, plugins.load("method", name).build(), rounds)
+
+
+@pytest.mark.parametrize(
+    ("demanded", "privacy", "key"),
+    [
+        ({"clip": 1.0, "noise": 0.5}, ClientPrivacy(clip=1.0, noise_multiplier=0.5), None),
+        ({}, ClientPrivacy(clip=None, noise_multiplier=0), None),
+        ({"clip": 0.9}, ClientPrivacy(clip=1.0), "policy.privacy.clip"),
+        ({"clip": 0.9}, ClientPrivacy(clip=None, noise_multiplier=0), "policy.privacy.clip"),
+        ({"clip": 1.0}, ClientPrivacy(clip=0.1, quantile=0.5), "policy.privacy.clip"),
+        ({"noise": 0.5}, ClientPrivacy(clip=0.1, quantile=0.5), None),
+        ({"noise": 1.1}, ClientPrivacy(noise_multiplier=1.0), "policy.privacy.noise"),
+        ({"noise": 1.0}, ExamplePrivacy(noise_multiplier=2.0), "policy.privacy.noise"),
+        ({"noise": 1.0, "name": "examples"}, ExamplePrivacy(noise_multiplier=2.0), None),
+        ({"clip": 1.0, "name": "examples"}, ClientPrivacy(clip=1.0), "policy.privacy.clip"),
+        ({"noise": 1.0}, NoPrivacy(), "policy.privacy.noise"),
+    ],
+)
+def test_demanded_privacy(demanded, privacy, key):
+    with refusing(key):
+        check_run(policy(privacy=demanded), "flex", plugins.load("method", "flex").build(), 1, privacy)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_every_field_of_a_line_is_on_the_page_and_no_other(folder):
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     table = PAGE.read_text(encoding="utf-8").partition("## rounds.jsonl")[2].partition("\n\nA field")[0]
     told = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)}
-    assert {name for line in lines for name in names(line)} | {"failed", "left", "unopened"} == told
+    assert {name for line in lines for name in names(line)} | {"failed", "left", "privacy", "unopened"} == told
 
 
 @pytest.mark.skipif(find_spec("pandas") is None, reason="needs pandas")

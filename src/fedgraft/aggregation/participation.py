@@ -38,9 +38,7 @@ class Participation:
 
 def take_part(settings: FederationSettings, clients: Sequence[str], seed: int, round_number: int, steps: Steps) -> Participation:
     """The clients of a round."""
-    there = present(settings, clients, seed, round_number)
-    order = seeds.numpy_rng(seed, "sampling", round_number).permutation(len(there))
-    sampled = [there[index] for index in sorted(order[: settings.clients_of(len(there))].tolist())]
+    sampled = SAMPLES[settings.sampling](settings, clients, seed, round_number)
     dropped = [name for name in sampled if _dropped(settings, seed, round_number, name)]
     asked = [name for name in sampled if name not in dropped]
     done = {name: steps(round_number, name) for name in asked}
@@ -49,6 +47,22 @@ def take_part(settings: FederationSettings, clients: Sequence[str], seed: int, r
     seconds = {name: round(done[name] * _step_seconds(settings, seed, round_number, name), 6) for name in asked}
     late = [name for name in asked if seconds[name] > settings.deadline]
     return Participation(asked=asked, dropped=dropped, steps=done, seconds=seconds, late=late)
+
+
+def _fixed(settings: FederationSettings, clients: Sequence[str], seed: int, round_number: int) -> list[str]:
+    there = present(settings, clients, seed, round_number)
+    order = seeds.numpy_rng(seed, "sampling", round_number).permutation(len(there))
+    return [there[index] for index in sorted(order[: settings.clients_of(len(there))].tolist())]
+
+
+def _poisson(settings: FederationSettings, clients: Sequence[str], seed: int, round_number: int) -> list[str]:
+    """The probability is one of all clients, so that it does not depend on who else is there."""
+    rate = settings.clients_of(len(clients)) / len(clients)
+    there = present(settings, clients, seed, round_number)
+    return [name for name in there if seeds.numpy_rng(seed, "sampling", round_number, name).random() < rate]
+
+
+SAMPLES: dict[str, Callable[[FederationSettings, Sequence[str], int, int], list[str]]] = {"fixed": _fixed, "poisson": _poisson}
 
 
 def present(settings: FederationSettings, clients: Sequence[str], seed: int, round_number: int) -> list[str]:

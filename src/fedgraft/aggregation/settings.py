@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt
 
@@ -16,7 +16,10 @@ class FederationSettings(Section):
     rounds: int = Field(default=100, ge=0)
     """Communication rounds."""
     clients_per_round: int | None = Field(default=None, ge=1)
-    """Clients sampled in each round, without replacement; empty: all."""
+    """Clients sampled in each round; empty: all."""
+    sampling: Literal["fixed", "poisson"] = "fixed"
+    """`fixed`: exactly so many in each round, without replacement; `poisson`: each client by itself, with the probability that makes it so
+    many on average, be it nobody in a round."""
     merge: MergeSettings = Mean()
     """How many replies become one: the method's own mean, or a rule that withstands faulty clients and counts each once. `trimmed_mean`
     cuts the share `trim` of the clients from each end of every number; `krum` takes the update nearest to its neighbours and

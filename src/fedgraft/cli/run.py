@@ -83,6 +83,7 @@ def _show_run(record: Record, as_json: bool) -> None:
                 "method": record.method,
                 "digest": record.digest,
                 **cost(record),
+                **{name: record.further[name] for name in ("privacy",) if name in record.further},
                 "tables": [table.as_dict() for table in tables],
             }
         )

@@ -105,12 +105,15 @@ def print_choices(choices: list[Choice], figure: str) -> None:
 def print_cost(name: str, record: Record) -> None:
     """One line on rounds, seconds and bytes, and where the results lie."""
     from fedgraft.report.html import NAME
+    from fedgraft.report.shaping import budget
     from fedgraft.report.table import cost
 
     figures = cost(record)
     up, down = figures["bytes_up_per_round"] / 1e6, figures["bytes_down_per_round"] / 1e6
     line = f"{name}: {figures['rounds']} round{'' if figures['rounds'] == 1 else 's'} in {figures['training_seconds']:.0f} s, "
     line += f"{up:.2f} MB up and {down:.2f} MB down a round (fp32, all clients)"
+    if spent := record.further.get("privacy"):
+        line += f"; privacy spent: {budget(spent)}"
     page = record.folder / NAME
     where = f"results in {record.folder}" + (f", to look at: {page}" if page.exists() else "")
     console().print(f"{line}\n  {where}", highlight=False, soft_wrap=True)

@@ -28,8 +28,8 @@ from fedgraft.recipe import Recipe, check_values
 from fedgraft.report.record import read_document, write_document
 from fedgraft.tree import Predicate
 
-BOUND = ("method", "lora", "graft")
-"""Sections of a recipe that decide which leaves are personal; a run keeps them for good."""
+BOUND = ("method", "lora", "graft", "privacy", "compression")
+"""Sections of a recipe that decide which leaves are personal, and how the others are protected; a run keeps them for good."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class Guard:
     _personal: tuple[object, Predicate] | None = None
 
     def __post_init__(self) -> None:
-        self.host = Host(memories=self.place.memories, model=self.settings.own_model, data=self.settings.own_data)
+        self.host = Host(memories=self.place.memories, model=self.settings.own_model, data=self.settings.own_data, discreet=True)
         self.log = SiteLog(self.place.log)
 
     def handle(self, request: bytes) -> bytes:
@@ -128,7 +128,7 @@ class Guard:
     def _check_before(self, asked: _Asked) -> None:
         """What can be decided by the recipe alone, before a row is read."""
         recipe = check_values(self.host.own(asked.recipe), "the coordinator's recipe")
-        policy.check_run(self.settings.policy, recipe.method.name, recipe.build_method(), recipe.federation.rounds)
+        policy.check_run(self.settings.policy, recipe.method.name, recipe.build_method(), recipe.federation.rounds, recipe.privacy)
         policy.check_tasks(recipe.evaluation.lm_eval)
         policy.check_masks(self.settings.policy, recipe.secure_aggregation.name != "none")
         if asked.frame.kind == "ask":
@@ -144,7 +144,7 @@ class Guard:
         before = read_document(path)
         if not before:
             write_document(path, sections)
-        elif changed := [name for name in sections if before.get(name) != sections[name]]:
+        elif changed := [name for name in sections if before.get(name, sections[name]) != sections[name]]:
             raise Refusal(PERSONAL, f"the run began here with other settings of {', '.join(changed)}; start a new run")
 
     def _load(self, asked: _Asked, holdings: Holdings) -> Frame | None:

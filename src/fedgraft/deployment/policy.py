@@ -11,13 +11,16 @@ from fnmatch import fnmatchcase
 
 from fedgraft.bundle import Outline
 from fedgraft.deployment.site_settings import PolicySettings
+from fedgraft.deployment.site_settings import PrivacySettings as Demanded
 from fedgraft.methods.method import Method
+from fedgraft.transforms.privacy import ClientPrivacy, ExamplePrivacy, NoPrivacy
 from fedgraft.transforms.secure_aggregation.settings import DUE, MASKED, TRAIN
 from fedgraft.tree import Predicate
 from fedgraft.words import size
 
 PERSONAL = "method"
 """The key of refusals that no setting lifts."""
+NONE = NoPrivacy()
 
 
 class Refusal(ValueError):
@@ -38,8 +41,10 @@ class Spent:
     """Fingerprints of the training questions of this run that were answered; a question that is asked again counts once."""
 
 
-def check_run(policy: PolicySettings, name: str, method: Method, rounds: int) -> None:
-    """Whether a run may be taken part in at all: its method by name, the method itself, and the rounds that it plans.
+def check_run(
+    policy: PolicySettings, name: str, method: Method, rounds: int, privacy: NoPrivacy | ClientPrivacy | ExamplePrivacy = NONE
+) -> None:
+    """Whether a run may be taken part in at all: its method by name, the method itself, the rounds that it plans, how it protects.
 
     Raises:
         Refusal: method, rounds or privacy are not as the policy wants them.
@@ -50,9 +55,28 @@ def check_run(policy: PolicySettings, name: str, method: Method, rounds: int) ->
         raise Refusal(PERSONAL, f"{name!r} pools the clients' rows, and rows never leave this site; choose another method")
     if policy.rounds is not None and rounds > policy.rounds:
         raise Refusal("policy.rounds", f"the run plans {rounds} rounds, this site gives at most {policy.rounds}; lower federation.rounds")
-    for key, wanted in (("clip", policy.privacy.clip), ("noise", policy.privacy.noise)):
-        if wanted is not None:
-            raise Refusal(f"policy.privacy.{key}", f"this site demands {key} {wanted:g}, and this fedgraft has no differential privacy")
+    _check_privacy(policy.privacy, privacy)
+
+
+def _check_privacy(demanded: Demanded, privacy: NoPrivacy | ClientPrivacy | ExamplePrivacy) -> None:
+    """A clip that follows the clients has no bound of its own, so it does not do for one that a site demands."""
+    kind, bound, noise = demanded.name, demanded.clip, demanded.noise
+    for key, wanted in (("clip", bound), ("noise", noise)):
+        if wanted is not None and (isinstance(privacy, NoPrivacy) or privacy.name != kind):
+            raise Refusal(
+                f"policy.privacy.{key}", f"this site demands {key} {wanted:g}, and the run has privacy.name {privacy.name!r}, not {kind!r}"
+            )
+    if isinstance(privacy, NoPrivacy):
+        return
+    if bound is not None and (privacy.clip is None or privacy.clip > bound):
+        raise Refusal("policy.privacy.clip", f"the run clips at {privacy.clip}, this site wants no more than {bound:g}; lower privacy.clip")
+    if bound is not None and isinstance(privacy, ClientPrivacy) and privacy.quantile is not None:
+        raise Refusal(
+            "policy.privacy.clip", f"the run's clip follows the clients, this site wants no more than {bound:g}; remove privacy.quantile"
+        )
+    if noise is not None and privacy.noise_multiplier < noise:
+        text = f"the run has the noise multiplier {privacy.noise_multiplier:g}, this site wants at least {noise:g}"
+        raise Refusal("policy.privacy.noise", f"{text}; raise privacy.noise_multiplier")
 
 
 def check_tasks(lm_eval: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ FACTS = (
     "models",
     "expert_figures",
     "unseen",
+    "within",
     "masked_counts",
     "public_keys",
     "sealed_shares",
@@ -42,10 +43,12 @@ Count: TypeAlias = Annotated[int, Field(ge=1)]
 
 
 class PrivacySettings(Section):
-    """Protection that a run must have before this site takes part."""
+    """Differential privacy that a run must have before this site takes part."""
 
+    name: Literal["client", "examples"] = "client"
+    """Of which kind, as in the recipe's `privacy`."""
     clip: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Largest norm that an update may be clipped to."""
+    """Largest norm that a contribution may be clipped to."""
     noise: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Smallest noise multiplier."""
 

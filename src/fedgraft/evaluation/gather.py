@@ -42,16 +42,17 @@ def site_questions(method: Method, settings: EvaluationSettings, folder: Path, l
     return {name: without_test_rows(question) for name, question in (questions(method) | measuring).items()}
 
 
-def due_replies(method: Method, longest: float | None = None) -> Mapping[str, Due]:
+def due_replies(method: Method, longest: float | None = None, trained: tuple[str, ...] = ("examples",)) -> Mapping[str, Due]:
     """What the reply to each question must hold; one to any other question holds no leaves.
 
     Args:
         method: settled for the run.
         longest: `federation.norm_limit`.
+        trained: facts that a reply to `train` cannot do without.
     """
     return {
         "graft": Due(leaves=method.grown),
-        "train": Due(leaves=method.sent, facts=("examples",), longest=longest),
+        "train": Due(leaves=method.sent, facts=trained, longest=longest),
         "evaluate": Due(facts=("models",)),
         "evaluate_unseen": Due(facts=("unseen",)),
         "lend": Due(leaves=any_leaves),

@@ -14,7 +14,7 @@ from fedgraft.report.groups import grouped, labels
 from fedgraft.report.heat_map import Shade, Sides, heat_map
 from fedgraft.report.record import Record
 from fedgraft.report.seed_spread import caption, ends, over_seeds, series, told
-from fedgraft.report.shaping import MANY, absent, flat, grid, headline, mean_losses, shown, styles, turned
+from fedgraft.report.shaping import MANY, absent, counted, flat, grid, headline, mean_losses, shown, styles, turned
 from fedgraft.report.table import FIGURES, Table, compare_tables, cost
 
 ComparisonSection: TypeAlias = Callable[[Sequence[Record]], Section]
@@ -115,7 +115,7 @@ def price(records: Sequence[Record]) -> Section:
     for name, record in zip(names, records, strict=True):
         total = cost(record)
         per_round = [f"{total[f'bytes_{way}_per_round'] / 1e6:,.2f}" for way in ("up", "down")]
-        rows.append([name, *per_round, f"{_sent(record):,.2f}", f"{total['training_tokens']:,}", f"{total['training_seconds']:,.1f}"])
+        rows.append([name, *per_round, f"{_sent(record):,.2f}", counted(total["training_tokens"]), f"{total['training_seconds']:,.1f}"])
     columns = ["run", "MB up a round", "MB down a round", "MB in all", "training tokens", "seconds"]
     if any(record.spending for record in records):
         columns += ["trained", "FLOPs over base", "peak memory, MB"]

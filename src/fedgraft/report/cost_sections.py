@@ -6,7 +6,7 @@ from fedgraft import words
 from fedgraft.report.blocks import Block, Facts, Figure, Grid, Note, Section
 from fedgraft.report.figures import Series, curves
 from fedgraft.report.record import Record
-from fedgraft.report.shaping import RESUME, absent, number, span_of
+from fedgraft.report.shaping import RESUME, WITHHELD, absent, counted, number, span_of
 from fedgraft.report.table import cost
 
 PEAKS = (("peak_memory", "peak memory"), ("peak_gpu_memory", "peak GPU memory"))
@@ -23,21 +23,22 @@ def traffic_and_time(record: Record) -> Section:
 
 def _totals(record: Record) -> Facts:
     total = cost(record)
-    seconds = total["training_seconds"]
+    seconds, tokens = total["training_seconds"], total["training_tokens"]
     return Facts(
         items=[
             ("bytes up, all clients", f"{total['bytes_up'] / 1e6:,.2f} MB"),
             ("bytes down, all clients", f"{total['bytes_down'] / 1e6:,.2f} MB"),
-            ("training tokens", f"{total['training_tokens']:,}"),
+            ("training tokens", counted(tokens)),
             ("training time", f"{seconds:,.1f} s"),
-            ("tokens per second", f"{total['training_tokens'] / seconds:,.0f}" if seconds else "–"),
+            ("tokens per second", f"{tokens / seconds:,.0f}" if seconds and tokens is not None else "–"),
         ]
     )
 
 
 def _curves(record: Record) -> list[Block]:
     text = "Bytes are those of the encoded packages and replies (fp32), as they would cross a wire. Seconds are wall clock and vary."
-    return [_bytes(record), _seconds(record), _speed(record), Note(text=text)]
+    known = all(line["tokens"] is not None for line in record.rounds)
+    return [_bytes(record), _seconds(record), *([_speed(record)] if known else []), Note(text=text if known else f"{text} {WITHHELD}")]
 
 
 def _account(record: Record) -> list[Block]:

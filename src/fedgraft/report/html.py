@@ -30,7 +30,7 @@ from fedgraft.report import (
 from fedgraft.report.blocks import Facts, Page
 from fedgraft.report.lines import left_since
 from fedgraft.report.record import Record, check_one_split
-from fedgraft.report.shaping import shown
+from fedgraft.report.shaping import budget, shown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -81,6 +81,8 @@ def run_page(record: Record) -> str:
     ]
     left = left_since(record.rounds) | record.further.get("left", {})
     items += [("left the federation", ", ".join(f"{name} before round {number + 1}" for name, number in left.items()))] if left else []
+    spent = record.rounds[-1].get("privacy") if record.rounds else None
+    items += [("privacy spent", budget(spent))] if spent else []
     dataset = shown(record.recipe.get("data", {}).get("dataset"))
     lead = f"One federated run of the method {record.method} on the base model {Path(model).name} with the data set {dataset}."
     return render(

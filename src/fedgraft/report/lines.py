@@ -23,6 +23,7 @@ def round_line(
     simulated: Mapping[str, Any],
     failures: Mapping[str, str],
     left: Collection[str],
+    privacy: Mapping[str, Any],
     unopened: str = "",
 ) -> dict[str, Any]:
     """The line of a finished round.
@@ -36,6 +37,7 @@ def round_line(
         simulated: what the recipe had happen.
         failures: client -> why it has no reply.
         left: clients that have withdrawn, nothing of which is in this round.
+        privacy: what all rounds up to this one have spent.
         unopened: why the sum of the replies stayed closed, so that nothing was merged.
     """
     clients = {name: {key: facts[key] for key in TOLD if key in facts} for name, facts in replies.items()}
@@ -50,6 +52,7 @@ def round_line(
         **({"simulated": dict(simulated)} if simulated else {}),
         **({"failed": dict(failures)} if failures else {}),
         **({"left": sorted(left)} if left else {}),
+        **({"privacy": dict(privacy)} if privacy else {}),
         **({"unopened": unopened} if unopened else {}),
     }
 
@@ -108,5 +111,7 @@ def _mean_loss(clients: Mapping[str, Mapping[str, Any]]) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
-def _tokens(clients: Mapping[str, Mapping[str, Any]]) -> int:
-    return sum(facts.get("tokens", 0) for facts in clients.values())
+def _tokens(clients: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """What all of them together tell of; None where they have trained and none tells."""
+    told = [facts["tokens"] for facts in clients.values() if "tokens" in facts]
+    return sum(told) if told or not clients else None

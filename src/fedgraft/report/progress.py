@@ -82,12 +82,15 @@ def part_text(title: str, done: int, total: int, loss: float | None, note: str) 
     return "  ".join(word for word in words if word)
 
 
-def reply_text(round_number: int, client: str, facts: Mapping[str, Any]) -> str:
-    """One line on a reply."""
+def reply_text(round_number: int, client: str, facts: Mapping[str, Any], note: str = "") -> str:
+    """One line on a reply; `note` is on the round."""
     if "calibration_tokens" in facts:
         return f"{client}  {facts['calibration_tokens']:,} calibration tokens (the paper's runs: 262,144)"
     loss = facts.get("loss")
-    return f"round {round_number + 1}  {client}  loss {loss:.3f}" if isinstance(loss, float) else client
+    if not isinstance(loss, float) and not note:
+        return client
+    told = [f"round {round_number + 1}", client, f"loss {loss:.3f}" if isinstance(loss, float) else "", note]
+    return "  ".join(word for word in told if word)
 
 
 class Lines:

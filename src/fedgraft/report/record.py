@@ -18,7 +18,7 @@ from fedgraft.yaml_text import read_written
 
 SCHEMA = 1
 SWEEP = "sweep.json"
-FURTHER = ("summary", "experts", "unseen", "cross", "left")
+FURTHER = ("summary", "experts", "unseen", "cross", "left", "privacy")
 FINISH = "finish.json"
 COST = "cost.json"
 CHOICE = ("experts", "errors", "calibration_tokens")
@@ -43,7 +43,7 @@ class Record:
     digest: str
     further: dict[str, Any] = field(default_factory=dict)
     """The other parts of `results.json`, where there: `summary`, `experts`, `unseen`, `cross`; `left`: withdrawn client -> first round
-    without it."""
+    without it; `privacy`: what was spent."""
     spending: dict[str, Any] = field(default_factory=dict)
     """`account`: what is trained and what a token costs; `sessions`: each that ended in order, how far it came (`rounds`, `finished`),
     its `seconds` by phase and peaks of memory."""
@@ -84,7 +84,7 @@ class Record:
     @property
     def finished(self) -> bool:
         """All rounds done and evaluated."""
-        return bool(self.results) and bool(self.digest)
+        return bool(self.digest)
 
     def figures(self, model: str, figure: str) -> dict[str, float]:
         """Client -> value of one figure of one model, where measured."""

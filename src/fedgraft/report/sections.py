@@ -25,6 +25,9 @@ MODELS = (
 def quality(record: Record) -> Section:
     """How good each client's models are."""
     tables = run_tables(record)
+    if record.finished and not record.results:
+        text = "Clients keep their figures to themselves under differential privacy, unless the recipe sets privacy.figures."
+        return absent("quality", "Quality", text, missing=False)
     if not tables:
         text = f"Not evaluated yet: the figures come after the last round. In the folder of this run, continue with: {RESUME}"
         return absent("quality", "Quality", text)
@@ -42,6 +45,8 @@ def data(record: Record) -> Section:
     held: Mapping[str, Mapping[str, int]] = record.environment.get("clients", {})
     if not held:
         return absent("data", "Data", "The environment was not written, so nothing is known about the clients' rows.")
+    if "privacy" in record.further and not any(held.values()):
+        return absent("data", "Data", "How many rows clients have is not told under differential privacy.", missing=False)
     kinds = sorted({kind for counts in held.values() for kind in counts})
     rows, narrow = [], len(kinds) <= CATEGORIES
     for client, counts in held.items():
@@ -129,7 +134,8 @@ def _split(record: Record) -> str:
 
 def _cut(record: Record, client: str) -> tuple[str, str]:
     """Rows cut in training and, of how many, in evaluation."""
-    trained = [line["clients"][client].get("truncated", 0) for line in record.rounds if client in line.get("clients", {})]
+    told = [line["clients"][client] for line in record.rounds if client in line.get("clients", {})]
+    trained = [facts["truncated"] for facts in told if "truncated" in facts]
     models = record.results.get(client, {})
     figures: dict[str, Any] = next(iter(models.values()), {})
     evaluated = f"{figures['truncated']:,} of {figures['rows']:,}" if {"truncated", "rows"} <= figures.keys() else "–"

@@ -16,6 +16,7 @@ from fedgraft.report.table import FROM, TO, Table, described
 GAINS = ("gain over base", "gain over local")
 MANY = 8
 """Columns of a table that can be taken in side by side; more become its rows, where they can be sorted."""
+WITHHELD = "Under differential privacy clients do not tell their losses, tokens, times and choices."
 RESUME = "fedgraft resume ."
 """How a run goes on, said in its own folder, where its page lies."""
 
@@ -130,6 +131,18 @@ def shown(value: Any) -> str:
 def value(row: Mapping[Any, float], name: Any, digits: int, sign: str = "") -> str:
     """A table's cell; a dash where nothing was measured."""
     return f"{row[name]:{sign}.{digits}f}" if name in row else "–"
+
+
+def counted(number: int | None) -> str:
+    """A count that clients may keep to themselves."""
+    return "–" if number is None else f"{number:,}"
+
+
+def budget(privacy: Mapping[str, Any]) -> str:
+    """What a record says was spent."""
+    if privacy.get("epsilon") is None:
+        return "no guarantee (without a clip and noise epsilon has no bound)"
+    return f"epsilon {privacy['epsilon']:.3g} at delta {privacy['delta']:g} for {privacy['of']}"
 
 
 def percents(share: float) -> str:

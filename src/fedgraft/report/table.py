@@ -156,7 +156,10 @@ def compare_tables(records: Sequence[Record]) -> list[Table]:
 
 
 def cost(record: Record) -> dict[str, Any]:
-    """Bytes, tokens and seconds of a run: in all, those after the last round included, and the bytes of a mean round."""
+    """Bytes, tokens and seconds of a run: in all, those after the last round included, and the bytes of a mean round.
+
+    Tokens are None where clients do not tell of them.
+    """
     rounds, everything = record.rounds, [*record.rounds, *record.finishes]
     return {
         "rounds": len(rounds),
@@ -164,6 +167,6 @@ def cost(record: Record) -> dict[str, Any]:
         "bytes_down": sum(line["bytes_down"] for line in everything),
         "bytes_up_per_round": round(sum(line["bytes_up"] for line in rounds) / max(1, len(rounds))),
         "bytes_down_per_round": round(sum(line["bytes_down"] for line in rounds) / max(1, len(rounds))),
-        "training_tokens": sum(line["tokens"] for line in everything),
+        "training_tokens": None if any(line["tokens"] is None for line in everything) else sum(line["tokens"] for line in everything),
         "training_seconds": round(sum(line["seconds"] for line in everything), 2),
     }

@@ -10,7 +10,7 @@ from typing import Any
 from fedgraft.report.blocks import Grid, Section
 from fedgraft.report.figures import STYLES, Series, curves
 from fedgraft.report.record import Record
-from fedgraft.report.shaping import RESUME, absent, mean_losses, number, span_of, value
+from fedgraft.report.shaping import RESUME, WITHHELD, absent, mean_losses, number, span_of, value
 
 FULL_CURVES = 20_000  # values of all clients' curves; beyond, their range stands for them
 
@@ -18,6 +18,8 @@ FULL_CURVES = 20_000  # values of all clients' curves; beyond, their range stand
 def training(record: Record) -> Section:
     """Training loss of every client, and the learning rate."""
     title, rounds = "Training", record.rounds
+    if rounds and "privacy" in rounds[-1]:
+        return absent("training", title, f"{WITHHELD} So there is no curve.", missing=False)
     if not any(line.get("loss") is not None for line in rounds):
         reason = "No round is finished yet" if not rounds else "Nobody trained in the rounds that are done"
         return absent("training", title, f"{reason}, so there is no curve. In the folder of this run, continue with: {RESUME}")

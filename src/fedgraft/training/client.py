@@ -20,7 +20,7 @@ from fedgraft.data.settings import DataSettings
 from fedgraft.grafts.graft import Experts, GraftedModel
 from fedgraft.grafts.side_expert import Mixture
 from fedgraft.selection.settings import SelectionSettings
-from fedgraft.training.fit import Fit, GradientHook, NotFiniteError, Passes, Penalty, alone, fit
+from fedgraft.training.fit import Fit, GradientHook, NotFiniteError, Passes, Penalty, RowGradients, alone, fit
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.tree import Tree
 
@@ -30,6 +30,16 @@ class Report(Protocol):
 
     def __call__(self, done: int, total: int, loss: float | None = None, note: str = "") -> None:
         """`done` of `total` parts, the current training loss, what is being worked on."""
+
+
+class ByRows(Protocol):
+    """How a client trains by single rows in the round in hand (DP-SGD)."""
+
+    def chosen(self, step: int, count: int, expected: int) -> list[int]:
+        """Which of `count` rows are in a step; `expected` on average."""
+
+    def gradients(self, expected: int) -> RowGradients:
+        """What the gradients of rows go through in one fit, with so many rows a step on average."""
 
 
 def unheard(done: int, total: int, loss: float | None = None, note: str = "") -> None:
@@ -49,6 +59,8 @@ class Client:
     memory: Bundle = field(default_factory=Bundle)
     truncated: int = 0
     """Rows cut to `data.max_length` since the client was opened."""
+    by_rows: ByRows | None = None
+    """Set where single rows are protected."""
     report: Report = unheard
     """Hears of training steps, calibration tokens and evaluated models."""
     passes: Passes = alone
@@ -87,6 +99,8 @@ class Client:
         """
         whole = self.training.steps * self.training.batch_size
         per_round = self.training.steps_of(self.seed, round_number, self.name) * self.training.batch_size
+        if self.by_rows is not None:
+            return self._drawn(self.by_rows, per_round // self.training.batch_size)
         order = round_rows(self.examples, whole, round_number, self.seed, self.name)[:per_round]
         rows = [self._row(self.data.train[index]) for index in order]
         size = self.training.batch_size
@@ -94,6 +108,15 @@ class Client:
         steps = [rows[start : start + size] for start in range(0, per_round, size)]
         pad = self.model.base.pad_id
         return [[collate(step[at : at + part], pad) for at in range(0, len(step), part)] for step in steps]
+
+    def _drawn(self, by_rows: ByRows, steps: int) -> list[list[Batch]]:
+        """Steps of rows that are drawn independently, each a part of its own; a step may have none."""
+        chosen = [by_rows.chosen(step, self.examples, self._per_step) for step in range(steps)]
+        return [[collate([self._row(self.data.train[index])], self.model.base.pad_id) for index in step] for step in chosen]
+
+    @property
+    def _per_step(self) -> int:
+        return min(self.training.batch_size, self.examples)
 
     def calibration(self, batch_size: int = 8) -> Iterator[Batch]:
         """Batches for expert selection: its own prompt + response text in a random order of its own, or generic text (`selection.text`)."""
@@ -146,6 +169,7 @@ class Client:
                 moments=moments,
                 report=self.report,
                 passes=self.passes,
+                by_rows=None if self.by_rows is None else self.by_rows.gradients(self._per_step),
             )
         except NotFiniteError as error:
             raise NotFiniteError(f"client {self.name!r}, round {round_number + 1}: {error}") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,16 @@ GradientHook: TypeAlias = Callable[[Mapping[str, Tensor]], None]
 """Sees the trained leaves when a step's gradients are complete, and may change the gradients in place (SCAFFOLD, ...)."""
 StepReport: TypeAlias = Callable[[int, int, float], None]
 """(optimiser steps done, steps in all, loss of the last one), for people who wait."""
+
+
+class RowGradients(Protocol):
+    """Stands between the gradients of single rows and the optimiser (DP-SGD)."""
+
+    def take(self, leaves: Mapping[str, Tensor]) -> None:
+        """The gradients are those of one row's mean loss; takes them away."""
+
+    def give(self, leaves: Mapping[str, Tensor]) -> None:
+        """Puts the gradients of the whole step in their place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +96,7 @@ def fit(
     moments: Mapping[str, Tree] | None = None,
     report: StepReport = lambda done, total, loss: None,
     passes: Passes | None = None,
+    by_rows: RowGradients | None = None,
 ) -> Fit:
     """Train a copy of the leaves `trained` with AdamW; `fixed` leaves are in use but not changed.
 
@@ -103,6 +114,7 @@ def fit(
         moments: AdamW's state from an earlier call, to continue with.
         report: hears of every finished step.
         passes: how forward and backward are run; None: `alone`.
+        by_rows: every part is one row, and all rows count the same; a step may have none.
 
     Raises:
         NotFiniteError: the loss or its gradient is not finite; nothing is returned, so the caller's leaves stand.
@@ -116,7 +128,7 @@ def fit(
     use = Use(model=model, tree=model.placed(combine(leaves, fixed or {})), experts=experts, settings=settings, seed=seed)
     with (passes or alone)(use) as gradients:
         for done, parts in enumerate(steps, start=1):
-            loss = gradients(parts)
+            loss = gradients(parts) if by_rows is None else _of_rows(gradients, parts, leaves, by_rows)
             if penalty is not None:
                 penalty(leaves).backward()
             if on_gradients is not None:
@@ -125,11 +137,20 @@ def fit(
             _check_finite(loss, norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total += loss
-            tokens += sum(part.tokens for part in parts)
+            total, tokens = total + loss, tokens + sum(part.tokens for part in parts)
             report(done, len(steps), loss)
     kept = _moments(optimizer, order, leaves) if settings.optimizer_state == "kept" else {}
     return Fit(tree=clone(leaves), loss=total / len(steps), tokens=tokens, seconds=time.perf_counter() - began, moments=kept)
+
+
+def _of_rows(gradients: Gradients, rows: Sequence[Batch], leaves: Mapping[str, Tensor], by_rows: RowGradients) -> float:
+    """The gradients of a step from those of its rows, each by itself; gives the mean of their losses."""
+    losses = []
+    for row in rows:
+        losses.append(gradients([row]))
+        by_rows.take(leaves)
+    by_rows.give(leaves)
+    return sum(losses) / max(1, len(losses))
 
 
 def _check_finite(loss: float, norm: float) -> None:

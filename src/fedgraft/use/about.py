@@ -54,6 +54,7 @@ def about(record: Record, client: str | None, done: int) -> dict[str, Any]:
         "fedgraft": environment["fedgraft"],
         "split": record.split,
         "figures": _figures(record, client),
+        "privacy": next((line.get("privacy") for line in record.rounds if line["round"] == done - 1), None),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgraft import __version__, files
-from fedgraft.report.shaping import shown
+from fedgraft.report.shaping import budget, shown
 from fedgraft.use.about import CARD
 from fedgraft.use.export.subject import Subject, Written
 
@@ -27,6 +27,7 @@ def write_card(subject: Subject, written: Written, folder: Path) -> None:
         "loading": written.loading,
         "notes": [*written.notes, *subject.base.notes],
         "version": __version__,
+        "spent": budget(about["privacy"]) if about["privacy"] else "",
         "settings": {part: _listed(about[part]) for part in ("method", "lora", "graft", "training") if about[part]},
         "base_id": json.dumps(about["base"]) if about["on_hub"] else None,
     }
