@@ -65,12 +65,13 @@ def _compare(after: Tensor, before: Tensor, exact: bool) -> float:
     """The largest difference of a logit.
 
     Raises:
-        ValueError: it is more than rounding explains: in fp32 a thousandth of the logits' deviation; in 16 bits, where rounding may send
-            single tokens to other experts, a tenth on average.
+        ValueError: it is more than rounding explains. Rounding may send single tokens, whose choice was next to a tie, to other experts:
+            in fp32 one in ten may differ by more than a thousandth of the logits' deviation, in 16 bits all by a tenth on average.
     """
     apart, scale = (after - before).abs(), float(before.std())
     worst, mean = float(apart.max()), float(apart.mean())
-    if not math.isfinite(worst) or (worst > 1e-3 * scale if exact else mean > 0.1 * scale):
+    elsewhere = float((apart.amax(-1) > 1e-3 * scale).float().mean())
+    if not math.isfinite(worst) or (elsewhere > 0.1 or mean > 0.01 * scale if exact else mean > 0.1 * scale):
         raise ValueError(
             f"--as merged: the checkpoint's logits differ by up to {worst:.3g} (mean {mean:.3g}) from the live model's, so it is another "
             "model, and nothing was written; export it --as fedgraft"
