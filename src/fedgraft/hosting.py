@@ -21,6 +21,7 @@ from fedgraft.engine.wire import Frame
 from fedgraft.evaluation.gather import site_questions
 from fedgraft.evaluation.unseen import held_out
 from fedgraft.grafts.graft import GraftedModel
+from fedgraft.handover.start import start_of
 from fedgraft.methods.method import Method, settled
 from fedgraft.moe.load import Base, load_base
 from fedgraft.moe.memory import means_out_of_memory
@@ -106,13 +107,22 @@ class Holdings:
         return load_base(self.recipe.model)
 
     @cached_property
+    def start(self) -> Tree:
+        """The leaves that `lora.init` names; empty without.
+
+        Raises:
+            ValueError: as `start_of`.
+        """
+        return start_of(self.recipe.lora, self.base, self.base.digest, self.recipe.seed)
+
+    @cached_property
     def model(self) -> GraftedModel:
         """The base with its places for leaves.
 
         Raises:
             ValueError: a LoRA target does not exist.
         """
-        return GraftedModel(self.base, self.recipe.lora, self.recipe.graft)
+        return GraftedModel(self.base, self.recipe.lora, self.recipe.graft, lambda: self.start)
 
     def site(self, names: Sequence[str], lends: bool = False) -> Site:
         """The client's half of the run.
@@ -255,6 +265,8 @@ class Host:
         if self._held is None or self._held[0] != (run, values):
             self._held = self._site = None  # before the next base is loaded
             recipe = check_values(self.own(values), "the coordinator's recipe")
+            if recipe.lora.init is not None:  # a folder of another machine; here it would be one of the site's
+                raise ValueError("lora.init: a site reads no folder that a coordinator names; install the coordinator's fedgraft version")
             self._held = ((run, values), Holdings(recipe, self.memories(run)))
         return self._held[1]
 

@@ -19,7 +19,9 @@ from fedgraft.engine.settings import EngineSettings, FlowerSettings, SimulationS
 from fedgraft.evaluation.unseen import held_out
 from fedgraft.grafts.graft import drawn_adapters
 from fedgraft.grafts.router import router_shapes
+from fedgraft.handover.start import start_of
 from fedgraft.hosting import Holdings, HostHere
+from fedgraft.methods.method import settled
 from fedgraft.moe.family import Anatomy
 from fedgraft.moe.skeleton import skeleton
 from fedgraft.recipe import Recipe
@@ -49,6 +51,13 @@ class Reach(Protocol):
 
     def cards(self) -> list[Card]:
         """How each client has introduced itself, unseen ones too."""
+
+    def start(self) -> Tree:
+        """The leaves that `lora.init` names; empty without.
+
+        Raises:
+            ValueError: they cannot be the start of this run.
+        """
 
     def fresh_adapters(self) -> Tree:
         """New leaves of everything in `lora.targets`."""
@@ -83,6 +92,10 @@ class Here:
     def cards(self) -> list[Card]:
         """How each client would introduce itself, unseen ones too."""
         return [self.holdings.card(name) for name in self.holdings.clients]
+
+    def start(self) -> Tree:
+        """The leaves that `lora.init` names; empty without."""
+        return self.holdings.start
 
     def fresh_adapters(self) -> Tree:
         """New leaves of everything in `lora.targets`."""
@@ -131,6 +144,27 @@ class Afar:
         """How each client has introduced itself."""
         return self._engine.cards
 
+    def start(self) -> Tree:
+        """The leaves that `lora.init` names; empty without.
+
+        Raises:
+            ValueError: as `start_of`, or the method keeps some of these leaves at the sites, which have no such folder.
+        """
+        return self._start
+
+    @cached_property
+    def _start(self) -> Tree:
+        recipe = self.recipe
+        found = start_of(recipe.lora, self._anatomy, self.cards()[0].base_digest, recipe.seed)
+        method = settled(recipe.build_method(), self._anatomy, recipe.lora, sorted([*self.sites, *self.unseen]))
+        shapes = method.leaves({key: tuple(leaf.shape) for key, leaf in found.items()})
+        if kept := sorted(filter(method.personal, shapes)):
+            raise ValueError(
+                f"lora.init: method {recipe.method.name!r} keeps {kept[0]} at the sites, which never see that folder; "
+                "use another method, or run with engine.name: inprocess"
+            )
+        return found
+
     def fresh_adapters(self) -> Tree:
         """New leaves of everything in `lora.targets`; the routers' rows, which are pretrained, come from the first client that answers.
 
@@ -140,13 +174,13 @@ class Afar:
         lora, engine = self.recipe.lora, self._engine
         drawn = drawn_adapters(self._anatomy, lora, self.recipe.seed)
         if "router" not in lora.targets:
-            return drawn
+            return drawn | self._start
         asked, due = engine.asked, Due(leaves=lambda *_: {"router": router_shapes(self._anatomy)})
         for client in self.clients:
             packages = {client: Bundle()}
             for reply in usable(engine.ask("router", packages), packages, due, {}, engine.listener.lost):
                 engine.asked = asked  # it leaves no trace in the client's memory
-                return drawn | reply.bundle.tree("router")
+                return drawn | reply.bundle.tree("router") | self._start
         raise ValueError("lora.targets: no client has sent the pretrained rows of its routers to begin with; start again")
 
     def close(self) -> None:
@@ -200,7 +234,7 @@ def _introduced(
     """An engine whose clients have introduced themselves."""
     _refuse_pool(recipe)
     engine = GridEngine(
-        recipe=recipe.model_dump(mode="json", exclude_unset=True, exclude={"engine"}),
+        recipe=recipe.model_dump(mode="json", exclude_unset=True, exclude={"engine": True, "lora": {"init"}}),
         listener=listener,
         wanted=wanted,
         wait_seconds=settings.wait_seconds,

@@ -104,6 +104,7 @@ class Session:
         each, federation = self.account.bytes_up() * widening(recipe.compression), recipe.federation
         keeps = self.kept.plan(each, federation.clients_of(len(self.reach.sites)), federation.rounds)
         self.progress.tell([*summary(self.account), *summary_lines(recipe.compression, self.shapes), *keeps])
+        _ = self.reach.start()
         self.server = server_of(recipe, self.training, self.reach.sites, self.reach.fresh_adapters)
 
     def go(self) -> Record:
@@ -152,7 +153,7 @@ class Session:
 
     def environment(self) -> dict[str, Any]:
         """What the run ran on, and the digests that a resume compares."""
-        return origin.environment(self.recipe.model.name, self.reach.cards(), self.run)
+        return origin.environment(self.recipe.model.name, self.reach.cards(), self.run, self.reach.start())
 
     def close(self) -> None:
         """Let go of the clients."""

@@ -12,8 +12,9 @@ from fedgraft.settings import Section
 class UnseenSettings(Section):
     """Clients that the federation never asks; afterwards they receive the shared leaves and adapt them to some of their rows."""
 
-    clients: NonNegativeInt | list[str] = 0
-    """How many, drawn by the seed, or which."""
+    clients: NonNegativeInt | list[str] | Literal["all"] = 0
+    """How many, drawn by the seed, or which. `all`: nobody is held out, and every client is new to the shared leaves because they are
+    not trained here (`method.frozen_shared`)."""
     rows: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 10, 30, 100)
     """Training rows that they adapt with, each number by itself; 0: the shared leaves as they are."""
     rounds: int = Field(default=5, ge=1)

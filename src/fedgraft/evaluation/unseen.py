@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedgraft import plugins, seeds
+from fedgraft.aggregation.replies import no_leaves
 from fedgraft.bundle import Bundle
 from fedgraft.evaluation.personal import evaluation_rows, measure, wanted_models
 from fedgraft.evaluation.settings import EvaluationSettings, UnseenSettings
@@ -15,21 +16,27 @@ from fedgraft.training.client import Client
 
 
 def held_out(settings: UnseenSettings, rows: Mapping[str, int], method: Method, seed: int) -> list[str]:
-    """The unseen clients among all, in their order; `rows` are the training rows of each.
+    """The clients that are held out, among all, in their order; `rows` are the training rows of each.
 
     Raises:
         ValueError: a name of no client, nobody left to federate, too few training rows, or a method that has no model before its first row.
     """
     names, wanted = list(rows), settings.clients
+    if wanted == "all" and method.sent is not no_leaves:
+        raise ValueError(
+            "evaluation.unseen.clients: all: the shared leaves learn from all clients here; set method.frozen_shared, or a number"
+        )
     if isinstance(wanted, int):
         wanted = [names[at] for at in seeds.numpy_rng(seed, "unseen").permutation(len(names))[:wanted]]
-    for name in wanted:
+    for name in names if wanted == "all" else wanted:
         if name not in names:
             raise ValueError(
                 f"evaluation.unseen.clients: there is no client {name!r}{plugins.nearest(name, names)}; clients: {', '.join(names)}"
             )
         if (most := max(settings.rows)) > rows[name]:
             raise ValueError(f"evaluation.unseen.rows: client {name!r} has {rows[name]} training rows, {most} are asked for; lower it")
+    if wanted == "all":
+        return []
     if wanted and len(set(wanted)) >= len(names):
         raise ValueError(f"evaluation.unseen.clients: of {len(names)} clients nobody would be left to federate; lower it")
     if wanted and method.shared_grafts and 0 in settings.rows:
