@@ -80,8 +80,8 @@ def test_every_number_of_rows_is_measured_and_the_last_is_the_model_that_was_kep
         low, high = line.interval
         assert low <= line.gain <= high
     recipe = joined.recipe
-    assert recipe["federation"]["rounds"] * recipe["training"]["steps"] == 8
-    assert recipe["evaluation"]["unseen"] == {"clients": "all", "rows": [3, 6], "rounds": recipe["federation"]["rounds"]}
+    assert (recipe["federation"]["rounds"], recipe["training"]["steps"]) == (4, 2)
+    assert recipe["evaluation"]["unseen"] == {"clients": "all", "rows": [3, 6], "rounds": 4, "passes": None}
 
 
 def test_fewer_rows_are_tried_as_a_run_with_as_many_would_train(joined, trained, rows, tmp_path):
@@ -134,13 +134,14 @@ def test_it_is_stopped_and_resumed_as_any_run(joined, trained, rows, tmp_path, p
 
 def test_the_pace_is_just_the_steps_or_three_passes(trained, rows):
     def pace(steps, *overrides):
-        recipe = joined_recipe(trained("flex").folder, rows, name=None, rows=(), steps=steps, overrides=overrides)
-        return recipe.training.steps, recipe.federation.rounds
+        recipe = joined_recipe(trained("flex").folder, rows, name=None, rows=(3,), steps=steps, overrides=overrides)
+        each, unseen = recipe.training.steps, recipe.evaluation.unseen
+        return each, recipe.federation.rounds, unseen.rounds_of(3, each * recipe.training.batch_size)
 
-    assert [pace(number) for number in (1, 2, 7, 10)] == [(1, 1), (2, 1), (1, 7), (2, 5)]
-    assert pace(None) == (2, 9)  # 3 x 12 rows in steps of 2 rows, 2 steps a round
-    assert pace(None, "training.batch_size=12") == (2, 3)
-    assert pace(9, "training.steps=5") == (3, 3)
+    assert [pace(number) for number in (1, 2, 7, 10)] == [(1, 1, 1), (2, 1, 1), (1, 7, 7), (2, 5, 5)]
+    assert pace(None) == (2, 9, 3)  # 3 x 12 and 3 x 3 rows in steps of 2 rows, 2 steps a round
+    assert pace(None, "training.batch_size=12") == (2, 2, 1)
+    assert pace(9, "training.steps=5") == (3, 3, 3)
 
 
 def test_what_cannot_be_joined_is_refused(trained, rows, tmp_path):

@@ -26,7 +26,7 @@ def join(
     out: Annotated[Path | None, typer.Option("--out", help="New folder (default: runs/join-<name>-<time>).")] = None,
     rows: Annotated[str, typer.Option("--rows", help="Numbers of training rows to try; all is always among them.")] = "10,30,100,all",
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Optimiser steps for each of them (default: three passes over all rows).")
+        int | None, typer.Option("--steps", min=1, help="Optimiser steps for each of them (default: three passes over its rows).")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The new client's name (default: the file's).")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a key: section.key=value. Repeatable.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
@@ -19,6 +20,12 @@ class UnseenSettings(Section):
     """Training rows that they adapt with, each number by itself; 0: the shared leaves as they are."""
     rounds: int = Field(default=5, ge=1)
     """Rounds' worth of local steps with these rows, at `training.lr`."""
+    passes: int | None = Field(default=None, ge=1)
+    """In the place of `rounds`: as many as make so many passes over the rows, which few rows are not overfitted by; rounded up."""
+
+    def rounds_of(self, rows: int, each: int) -> int:
+        """Rounds for a number of rows, `each` of which are seen in a round."""
+        return self.rounds if self.passes is None else max(1, math.ceil(self.passes * rows / each))
 
     @model_validator(mode="after")
     def _no_number_twice(self) -> Self:

@@ -6,24 +6,23 @@ reported and used as any other. What fewer rows would have given is measured by 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedgraft import folders
+from fedgraft import folders, runner
 from fedgraft.data.datasets import jsonl
 from fedgraft.data.partition import SAFE_NAME, load_clients
+from fedgraft.evaluation.settings import UnseenSettings
 from fedgraft.handover.found import recipe_of
 from fedgraft.recipe import Recipe, load_recipe
 from fedgraft.report.progress import Progress
 from fedgraft.report.record import Record
-from fedgraft.runner import run
 
 ROWS = (10, 30, 100)
-PASSES, ROUNDS = 3, (3, 100)
-"""Passes over the training rows without `--steps`, and the rounds that they are done in at least and at most."""
+PASSES = 3
+"""Over the training rows, in whole rounds, without `--steps`."""
 CARRIED = ("model", "graft", "lora", "selection", "training", "seed")
 """Sections of the federation's recipe that the new site takes as they are."""
 JUDGED = ("batch_size", "max_new_tokens", "generate_rows", "resamples")
@@ -63,7 +62,7 @@ def join(
         name: the new client's; None: the file's or folder's.
         out: the new folder; None makes one under `runs/`.
         rows: numbers of training rows to try beside all; those that there are not are left out.
-        steps: optimiser steps for each of them; None: three passes over all rows.
+        steps: optimiser steps for each of them; None: three passes over its rows.
         overrides: `section.key=value` assignments.
         progress: where to report; None says nothing.
 
@@ -71,7 +70,7 @@ def join(
         ValueError: nothing to join, another base, unusable rows, an occupied folder; names place and remedy.
     """
     recipe = joined_recipe(federation, data, name=name, rows=rows, steps=steps, overrides=overrides)
-    return run(recipe, out=out if out is not None else folders.fresh(f"join-{recipe.data.name}"), progress=progress)
+    return runner.run(recipe, out=out if out is not None else folders.fresh(f"join-{recipe.data.name}"), progress=progress)
 
 
 def joined_recipe(
@@ -103,12 +102,14 @@ def joined_recipe(
 def _with_rows(recipe: Recipe, evaluation: Mapping[str, Any], rows: Sequence[int], steps: int | None) -> Recipe:
     """The recipe with steps and measurements that fit the rows there are."""
     (site,) = load_clients(recipe.data, recipe.seed)
-    each, rounds = _pace(recipe, len(site.train), steps)
+    adapting = UnseenSettings(passes=PASSES) if steps is None else UnseenSettings(rounds=_rounds(recipe, steps))
+    each = recipe.training.steps if steps is None else steps // adapting.rounds
+    rounds = adapting.rounds_of(len(site.train), each * recipe.training.batch_size)
     fewer = sorted({count for count in rows if 0 < count < len(site.train)})
     judged = {key: evaluation[key] for key in JUDGED if key in evaluation}
     judged |= {"generate": False, "experts": False, "knowledge_tokens": 0}
     if fewer:
-        judged["unseen"] = {"clients": "all", "rows": fewer, "rounds": rounds}
+        judged["unseen"] = {"clients": "all", "rows": fewer, "rounds": adapting.rounds, "passes": adapting.passes}
     values = recipe.model_dump(mode="json", exclude_unset=True)
     values["training"] = {**values.get("training", {}), "steps": each, "least_steps": None, "lr_min": recipe.training.lr}
     values["federation"] = {"rounds": rounds, **values.get("federation", {})}
@@ -116,14 +117,9 @@ def _with_rows(recipe: Recipe, evaluation: Mapping[str, Any], rows: Sequence[int
     return load_recipe(values)
 
 
-def _pace(recipe: Recipe, rows: int, steps: int | None) -> tuple[int, int]:
-    """(steps a round, rounds); just `steps` in all where they are wished."""
-    each = recipe.training.steps
-    if steps is None:
-        passes = math.ceil(PASSES * rows / (each * recipe.training.batch_size))
-        return each, min(max(passes, ROUNDS[0]), ROUNDS[1])
-    each = next(number for number in range(min(each, steps), 0, -1) if steps % number == 0)
-    return each, steps // each
+def _rounds(recipe: Recipe, steps: int) -> int:
+    """Rounds of equal length that make just so many steps, none longer than the recipe's."""
+    return next(steps // each for each in range(min(recipe.training.steps, steps), 0, -1) if steps % each == 0)
 
 
 def lines_of(record: Record) -> list[Line]:
