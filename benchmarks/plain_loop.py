@@ -53,6 +53,15 @@ class Clock:
         self.cpu += time.process_time() - cpu
 
 
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
 def labels_loss(network: Any, batch: Batch) -> Tensor:
     """transformers' loss: logits of every position."""
     loss: Tensor = network(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels, use_cache=False).loss
@@ -77,6 +86,7 @@ class PlainLoop:
     shared: Tree
     personal: dict[str, Tree]
     experts: dict[str, Experts]
+    threads: int
     clock: Clock = field(default_factory=Clock)
     sums: Tree = field(default_factory=dict)
     rows: int = 0
@@ -84,6 +94,10 @@ class PlainLoop:
 
     def train(self, name: str, batches: Sequence[Batch], lr: float, rows: int) -> None:
         """One client's local steps."""
+        with torch_threads(self.threads):
+            self._train(name, batches, lr, rows)
+
+    def _train(self, name: str, batches: Sequence[Batch], lr: float, rows: int) -> None:
         leaves = {key: nn.Parameter(leaf.clone()) for key, leaf in (self.shared | self.personal[name]).items()}
         network = self.model.base.model.train()
         optimizer = torch.optim.AdamW(leaves.values(), lr=lr, weight_decay=0.0)
@@ -115,13 +129,14 @@ def holdings_of(session: Session) -> Holdings:
     return session.reach.holdings
 
 
-def plain_loop(session: Session, loss: Callable[[Any, Batch], Tensor]) -> PlainLoop:
+def plain_loop(session: Session, loss: Callable[[Any, Batch], Tensor], threads: int) -> PlainLoop:
     """A plain loop that starts from the session's state and its clients' memories."""
     holdings, store = holdings_of(session), session.engine.store
     memories = {name: store.load(name, session.engine.asked) for name in holdings.clients}
     return PlainLoop(
         model=holdings.model,
         loss=loss,
+        threads=threads,
         precision=session.recipe.training.precision,
         shared=session.server.state.tree("shared"),
         personal={name: memory.tree("personal") for name, memory in memories.items()},
@@ -168,7 +183,7 @@ def measure(rounds: int, threads: int, precision: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         session = Session(load_recipe("demo", options), Path(folder), Quiet())
         session._open()
-        loops = {"sequential": plain_loop(session, labels_loss), "sequential_lean": plain_loop(session, lean_loss)}
+        loops = {"sequential": plain_loop(session, labels_loss, threads), "sequential_lean": plain_loop(session, lean_loss, threads)}
         one_round(session, loops)
         taken: list[tuple[Clock, dict[str, Clock], int]] = []
         for _ in range(rounds):

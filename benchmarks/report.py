@@ -26,6 +26,12 @@ trains the same leaves on batches made beforehand and averages in memory. `seque
 per round after one to warm up, the table shows its median and range. Run with the environment that `make bench` sets: one thread, and an
 allocator that keeps freed memory.""",
     ),
+    "A cohort against the plain PyTorch loop": (
+        ("cohort8", "cohort8_bf16", "cohort8_autocast"),
+        """As above with 8 clients that train at once (`engine.cohort: 8`) and rows of at most 128 tokens: with the base in
+single precision, with the base in bfloat16 (leaves in fp32), and under bfloat16 autocast; the plain loop has the same. It is that of
+`sequential` and has one thread, which is faster for it; the cohort has two.""",
+    ),
     "Memory with many clients": (
         ("memory200", "memory200_all"),
         """Peak resident memory of a whole run on the embedded base with 200 clients against one with 4, each run in a process of its own.

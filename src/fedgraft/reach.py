@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from fedgraft import __version__, origin
+from fedgraft.account.memory import workload
+from fedgraft.account.take import take_account
 from fedgraft.aggregation.replies import Due, usable
 from fedgraft.bundle import Bundle
 from fedgraft.data.partition import load_clients
@@ -15,7 +17,7 @@ from fedgraft.engine.card import Card
 from fedgraft.engine.engine import Engine, Listener
 from fedgraft.engine.flower import GridEngine
 from fedgraft.engine.inprocess import InProcess
-from fedgraft.engine.settings import EngineSettings, FlowerSettings, SimulationSettings
+from fedgraft.engine.settings import EngineSettings, FlowerSettings, InProcessSettings, SimulationSettings
 from fedgraft.evaluation.unseen import held_out
 from fedgraft.grafts.graft import drawn_adapters
 from fedgraft.grafts.router import router_shapes
@@ -26,6 +28,7 @@ from fedgraft.moe.family import Anatomy
 from fedgraft.moe.skeleton import skeleton
 from fedgraft.recipe import Recipe
 from fedgraft.training.client import MemoryStore
+from fedgraft.training.cohort import obstacle
 from fedgraft.tree import Tree
 
 
@@ -86,8 +89,23 @@ class Here:
     def engine(self) -> InProcess:
         """A loop over this process's site."""
         site = self.holdings.site(sorted([*self.sites, *self.unseen]), lends=True)
-        _ = self.holdings.model  # so that what cannot work fails now
-        return InProcess(site=site, on_failure=self._listener.failed)
+        return InProcess(site=site, cohort=self._cohort(), on_failure=self._listener.failed)
+
+    def _cohort(self) -> int:
+        """How many clients train at once: a function of recipe and base alone, so that a resumed run repeats its bits."""
+        holdings = self.holdings
+        recipe, model = holdings.recipe, holdings.model  # so that what cannot work fails now
+        if not isinstance(recipe.engine, InProcessSettings) or recipe.engine.cohort == 1:
+            return 1
+        if reason := obstacle(model, recipe.training):
+            self._listener.warn(f"engine.cohort: clients train one after another, since {reason}")
+            return 1
+        if isinstance(recipe.engine.cohort, int):
+            return recipe.engine.cohort
+        method = settled(holdings.method, holdings.base, recipe.lora, sorted([*self.sites, *self.unseen]))
+        work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
+        memory = take_account(holdings.base, method, recipe.lora, recipe.graft, work).memory
+        return memory.clients_within(round(recipe.engine.cohort_gib * 2**30))
 
     def cards(self) -> list[Card]:
         """How each client would introduce itself, unseen ones too."""

@@ -45,6 +45,7 @@ def run(
             folder.mkdir(parents=True, exist_ok=True)
             with files.locked(folder):
                 folders.refuse_occupied(folder)  # by another process, while this one loaded
+                folders.clear(folder)
                 write_recipe(folder / "recipe.yaml", session.recipe.complete())
                 write_document(folder / "environment.json", session.environment())
                 return session.go()

@@ -274,6 +274,7 @@ class Session:
         self.server.state = Bundle(trees=self.server.state.trees, facts=facts)
         self.server.state.save(self.folder / "state" / "state.safetensors")
         self.engine.committed = self.engine.asked
+        self.spending.energy.look()
         self.stand.at = f"round {self.server.round} of {self.recipe.federation.rounds}"
 
     def _evaluate(self) -> None:

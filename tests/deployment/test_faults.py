@@ -34,7 +34,7 @@ pytestmark = pytest.mark.deploy
 GOOD, BAD = SITES
 DEADLINE = 20  # seconds; a question takes one or two
 ROUNDS, MORE = 4, 6
-LONG = {"method": {"name": "flex"}, "federation": {"rounds": ROUNDS}, "training": {"steps": 20, "optimizer_state": "kept"}}
+LONG = {"method": {"name": "flex"}, "federation": {"rounds": ROUNDS}, "training": {"steps": 80, "optimizer_state": "kept"}}
 
 
 class Federation(Place):
@@ -85,7 +85,7 @@ class Federation(Place):
 
     def in_mid_round(self, run: str, site: str) -> int:
         """The worker's pid, as soon as a round is behind the run and the site has a question in hand."""
-        wait_for(lambda: self.lines(run) and (self.status(site).get("busy") or 0) > 0.1, PATIENCE)
+        wait_for(lambda: self.lines(run) and (self.status(site).get("busy") or 0) > 0, PATIENCE)
         return int(self.status(site)["pid"])
 
     def reason(self, run: str) -> str:

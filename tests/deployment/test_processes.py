@@ -35,6 +35,18 @@ def family_of(part, tmp_path):
     return [int(pid) for pid in file.read_text().split()]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such state on Windows")
+def test_one_that_has_ended_is_not_waited_for_though_its_parent_never_asks(monkeypatch):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    process = psutil.Process(child.pid)
+    wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE)
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    assert not processes.runs(process)
+    processes.end([process], grace=60.0)
+    child.wait()
+    assert not processes.runs(process)
+
+
 def test_a_port_is_waited_for(parts, tmp_path):
     port = processes.free_port()
     part = parts.start("stub", STUB, ["listen", str(port)], directory=ROOT)

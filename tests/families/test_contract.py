@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fedgraft.bundle import Bundle
 from fedgraft.moe.catalogue import families
 from fedgraft.moe.family import anatomy_of, router_matrix
+from fedgraft.moe.padding import can_compact, compacted
 from fedgraft.moe.routing import watching
 from fedgraft.selection.choose import choose
 from fedgraft.selection.profile import measure
@@ -25,6 +26,7 @@ SUPPORTED = [row["name"] for row in families() if row["supported"]]
 WITHOUT = {row["name"]: row["reason"] for row in families() if not row["supported"]}
 every_family = pytest.mark.parametrize("name", SUPPORTED)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+PADDED = {"deepseek_v4", "gemma4", "gemma4_text", "glm4_moe_lite", "jetmoe", "llama4", "llama4_text"}
 
 
 @torch.no_grad()
@@ -262,6 +264,27 @@ def test_leaves_survive_the_codec_and_clients_are_swapped_without_a_trace(grafte
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
     assert model.frozen_digest() == frozen
+
+
+@every_family
+def test_padding_is_left_out_where_a_block_treats_every_token_by_itself(name):
+    """Blocks that hold the attention, or read token ids, keep it; elsewhere the real tokens' logits are the same to rounding."""
+    model = shared_twin(name)
+    anatomy = anatomy_of(model)
+    assert can_compact(anatomy, torch.device("cpu")) == (name not in PADDED)
+    if name in PADDED:
+        return
+    mask = torch.ones_like(ids())
+    mask[0, 5:] = 0
+    seen = []
+    with torch.no_grad():
+        whole = model(input_ids=ids(), attention_mask=mask, use_cache=False).logits
+        with compacted([site.block for site in anatomy.sites], mask), watching(anatomy.sites, lambda site, routed: seen.append(routed)):
+            compact = model(input_ids=ids(), attention_mask=mask, use_cache=False).logits
+        after = model(input_ids=ids(), attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(compact[mask == 1], whole[mask == 1], **CLOSE)
+    assert {len(routed.x) for routed in seen} == {int(mask.sum())}
+    assert torch.equal(after, whole)
 
 
 @every_family

@@ -125,7 +125,7 @@ def measured_record(clients: int | list[str] = 3, *, layers: int = 2, experts: i
     account = {"parameters": 9_118_656, "trained": 388_230, "shared": 55_296, "personal": 332_934, **flops}
     halves = [({"loading": 1.0, "selection": 2.0, "training": 3.0}, 1.5e9), ({"loading": 1.5, "training": 6.0, "evaluation": 2.5}, 2e9)]
     sessions = [
-        {"rounds": rounds, "finished": rounds == 3, "seconds": seconds, "peak_memory": int(peak)}
+        {"rounds": rounds, "finished": rounds == 3, "seconds": seconds, "peak_memory": int(peak), "energy_processors": 1800.0 * rounds}
         for rounds, (seconds, peak) in zip((1, 3), halves, strict=True)
     ]
     record.spending.update({"account": account, "sessions": sessions})

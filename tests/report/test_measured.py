@@ -67,6 +67,7 @@ def test_what_a_run_took_is_told_by_phase_and_session(page, told):
         "evaluation": ["–", "2.5"],
         "all phases": ["6.0", "10.0"],
         "peak memory": ["1.5 GB", "2 GB"],
+        "energy of the processors": ["0.50 Wh", "1.50 Wh"],
     }
     assert told["FLOPs per token of one forward, counted from shapes"]["in all"] == ["1.25 kFLOP", "125.0 %"]
     facts = {row.one("dt").text: row.one("dd").text for row in page.one("section", id="cost").all("div") if len(row.all("dt")) == 1}

@@ -353,7 +353,7 @@ MEMORY_ERRORS = [
     [
         (hosting, "load_base", "loading (", "set model.dtype: bfloat16"),
         (client_module, "collate", "selection of client 'bakery' (", "lower selection.tokens"),
-        (fit_module, "_step", "training of client 'bakery' (", "raise training.accumulation up to training.batch_size"),
+        (fit_module, "_gradients", "training of client 'bakery' (", "raise training.accumulation up to training.batch_size"),
         (response, "batches_in_order", "evaluation of client 'bakery' (", "lower evaluation.batch_size"),
     ],
 )
@@ -375,14 +375,14 @@ def test_out_of_memory(world, command, tmp_path, monkeypatch, error, module, fun
 
 
 def test_out_of_memory_in_the_training_after_the_last_round(world, command, tmp_path, monkeypatch):
-    step, rest = fit_module._step, iter(range(3))  # one training step of each client
+    step, rest = fit_module._gradients, iter(range(3))  # one training step of each client
 
     def failing(*arguments, **options):
         if next(rest, None) is None:
             raise MemoryError
         return step(*arguments, **options)
 
-    monkeypatch.setattr(fit_module, "_step", failing)
+    monkeypatch.setattr(fit_module, "_gradients", failing)
     sections = {"method": {"name": "fedavg_ft"}, "graft": None, "federation": {"rounds": 1}, "training": {"steps": 1}}
     file = world.write(tmp_path / "recipe.yaml", **sections)
     done = command("run", file, "--out", tmp_path / "out", "--quiet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,13 @@ def train(
     seed: int = 0,
     lr: float = LR,
     extra: Callable[[Tree, Batch], Tensor] | None = None,
+    padded: bool = False,
 ) -> tuple[Tree, list[float]]:
-    """(trained leaves, loss of each step): dropout drawn from torch's default generator, AdamW, clipping, the responses' mean loss."""
+    """(trained leaves, loss of each step): dropout drawn from torch's default generator, AdamW, clipping, the responses' mean loss.
+
+    `padded`: MoE layers see the padding as well, as in a loop that knows nothing of it.
+    """
+    assert model.base.compacts
     tree = {key: start[key].detach().clone().requires_grad_() for key in sorted(start)}
     optimizer = torch.optim.AdamW(tree.values(), lr=lr, weight_decay=settings.weight_decay)
     losses = []
@@ -62,7 +68,8 @@ def train(
         torch.manual_seed(seed)
         for batch in steps:
             optimizer.zero_grad()
-            logits = model.base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+            with nullcontext() if padded else model.base.without_padding(batch.mask):
+                logits = model.base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
             losses.append(loss.item())
             (loss if extra is None else loss + extra(tree, batch)).backward()

@@ -53,6 +53,15 @@ class Memory:
         return self.casts + self.leaves + self.activations + self.logits
 
     @property
+    def client(self) -> int:
+        """What each client that trains at the same time adds; casts are made once for all."""
+        return self.leaves + self.activations + self.logits
+
+    def clients_within(self, room: int) -> int:
+        """How many clients can train at once in `room` bytes beside the base, 1 at least."""
+        return max(1, (room - self.casts) // self.client)
+
+    @property
     def total(self) -> int:
         """All of it, without the libraries' own memory (about 0.5 GB)."""
         return self.weights + self.training

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedgraft.data.example import Example
@@ -108,6 +109,20 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
         mask[index, : len(tokens)] = 1
         labels[index, row.start : len(tokens)] = tokens[row.start :]
     return Batch(ids, mask, labels)
+
+
+def stacked(batches: Sequence[Batch], pad_id: int) -> Batch:
+    """The rows of several batches in one, padded to the longest."""
+    length = max(batch.ids.shape[1] for batch in batches)
+
+    def joined(tensors: Sequence[Tensor], value: int) -> Tensor:
+        return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=value) for tensor in tensors])
+
+    return Batch(
+        joined([batch.ids for batch in batches], pad_id),
+        joined([batch.mask for batch in batches], 0),
+        joined([batch.labels for batch in batches], IGNORED),
+    )
 
 
 def round_rows(count: int, per_round: int, round: int, seed: int, client: str) -> list[int]:

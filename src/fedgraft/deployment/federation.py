@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from fedgraft import files
 from fedgraft.data.partition import SAFE_NAME
 from fedgraft.deployment import keys
+from fedgraft.deployment.processes import runs
 from fedgraft.settings import Section
 from fedgraft.yaml_text import read_yaml
 
@@ -212,7 +213,7 @@ def running(federation: Federation) -> psutil.Process | None:
     try:
         stand: dict[str, Any] = json.loads((federation.folder / STAND).read_bytes())
         process = psutil.Process(int(stand["process"]))
-        return process if process.create_time() == stand["since"] else None
+        return process if process.create_time() == stand["since"] and runs(process) else None
     except (OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
         return None
 

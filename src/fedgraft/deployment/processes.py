@@ -129,10 +129,17 @@ def end(family: Sequence[psutil.Process], grace: float) -> None:
     """SIGTERM, and after the grace SIGKILL, for whichever of these still runs."""
     for process in family:
         _send(process, "terminate")
-    _, left = psutil.wait_procs(family, timeout=grace)
-    for process in left:
+    for process in _left(family, grace):
         _send(process, "kill")
-    psutil.wait_procs(left, timeout=grace)
+    _left(family, grace)
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether it does; one that has ended and whose parent has not asked how is there still, and does nothing any more."""
+    try:
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def ready(part: Part, is_ready: Callable[[], bool], remedy: str) -> None:
@@ -180,6 +187,14 @@ def refuse_taken(host: str, port: int, remedy: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ValueError(f"{host}:{port} can't be listened on ({error.strerror}); {remedy}") from None
+
+
+def _left(family: Sequence[psutil.Process], grace: float) -> list[psutil.Process]:
+    """Those that still run after so many seconds; it waits no longer than it must."""
+    deadline = time.monotonic() + grace
+    while (left := [process for process in family if runs(process)]) and time.monotonic() < deadline:
+        time.sleep(POLL)
+    return left
 
 
 def _family(pid: int) -> list[psutil.Process]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from fedgraft.settings import Section
 
@@ -17,6 +17,18 @@ class InProcessSettings(Section):
     machine, over several GPUs if there are. `flower`: sites elsewhere; start it with `fedgraft run --on`."""
     keep_replies: bool = False
     """Keep every round's replies in `replies/` of the run folder, so that `fedgraft forget` can do the merges again without one client."""
+    cohort: int | Literal["auto"] = Field(default=1)
+    """Clients that train at once, their batches going through the frozen base together: faster, for more memory. 1: one after another.
+    `auto`: as many as fit `cohort_gib`. Results are those of one after another to rounding, and stay the same bits for the same size."""
+    cohort_gib: float = Field(default=4.0, gt=0)
+    """What a cohort may take beside the base, by the estimate of the account, in GiB; used by `cohort: auto`."""
+
+    @field_validator("cohort")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{value} clients cannot train at once; set it to 1 or more, or to auto")
+        return value
 
 
 class SimulationSettings(Section):

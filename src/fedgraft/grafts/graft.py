@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedgraft.grafts.expert_lora import ExpertPairs, expert_shapes
+from fedgraft.grafts.lanes import FittedLanes, Lane
 from fedgraft.grafts.lora import LoraSettings, LowRank, Pairs, Shapes, Terms, chosen_projections, fresh_pairs, low_rank_shapes
 from fedgraft.grafts.router import RouterRows, router_shapes
 from fedgraft.grafts.rows import FittedRows, Rows
@@ -110,9 +111,21 @@ class GraftedModel:
                 raise ValueError(f"leaf {min(unknown)!r} has no place in this model with its experts and LoRA targets")
             yield
         finally:
-            for adapter in self._adapters:
-                adapter.put({})
-            self._side.put({}, [])
+            self._put_nothing()
+
+    @contextmanager
+    def using_lanes(self, lanes: Sequence[Lane]) -> Iterator[None]:
+        """As `using`, with the leaves of each lane on its own part of a batch."""
+        try:
+            self.put(FittedLanes.of(lanes, self._side))
+            yield
+        finally:
+            self._put_nothing()
+
+    def _put_nothing(self) -> None:
+        for adapter in self._adapters:
+            adapter.put({})
+        self._side.put({}, [])
 
     def fitted(self, tree: Mapping[str, Tensor], experts: Experts) -> Fitted:
         """What `using` looks up, for `put`. Of a quantised or offloaded base it holds copies of the source experts.
@@ -123,7 +136,7 @@ class GraftedModel:
         with self.using(tree, experts):
             return Fitted(**{name: part._active for name, part in self._named.items()})
 
-    def put(self, fitted: Fitted | FittedRows) -> None:
+    def put(self, fitted: Fitted | FittedRows | FittedLanes) -> None:
         """Predict with these leaves from here on, in a few microseconds; a block of `using` that ends puts the base in their place."""
         for name, part in self._named.items():
             part._active = getattr(fitted, name)

@@ -32,6 +32,8 @@ SeeGate: TypeAlias = Callable[[int, int, Tensor], None]
 """Called with layer, number of the graft in it and its weight [T] for every token: sigmoid(g.x), 1 without a gate, in place the router's.
 
 T = batch x length tokens, padding included."""
+Seen: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor] | None]
+"""x [T, H] and, for a graft in place, the router's (index [T, k], weight [T, k])."""
 Mixture: TypeAlias = Sequence[Sequence[tuple[int, float]]]
 """(expert, share) of every part of a graft's start, per MoE layer; empty: copies."""
 
@@ -209,21 +211,25 @@ class SideExperts:
             sides = self._active.get(site.layer)
             if not sides:
                 return None
+            call = (args, kwargs)
             for side in sides:
-                output = add_to_output(output, self._added(site, side, (args, kwargs)))
+                added = self.of_one(side, self.seen(site, call)) if isinstance(side, Side) else side.added(site, call)
+                output = add_to_output(output, added)
             return output
 
         return hook
 
-    def _added(self, site: Site, side: Side | Mixed, call: Arguments) -> Tensor:
-        """What a graft adds to the routed output [T, H]."""
-        if not isinstance(side, Side):
-            return side.added(site, call)
-        return (self._in_place if self.graft.form == "in_place" else self._gated)(site, side, call)
+    def seen(self, site: Site, call: Arguments) -> Seen:
+        """What a call of the experts gives a graft; routing is read only where one is in place."""
+        return site.inputs(call), site.routing(site, call) if self.graft.form == "in_place" else None
 
-    def _gated(self, site: Site, side: Side, call: Arguments) -> Tensor:
+    def of_one(self, side: Side, seen: Seen) -> Tensor:
+        """What one graft adds to the routed output [T, H]."""
+        x, routing = seen
+        return self._gated(side, x) if routing is None else self._in_place(side, x, *routing)
+
+    def _gated(self, side: Side, x: Tensor) -> Tensor:
         """sigmoid(g.x) E_g(x) [T, H], or sigmoid(g.x) (E_g(x) - E_e(x)) in the preserving form; without a gate its weight is 1."""
-        x = site.inputs(call)
         grafted = self._expert(side, x)
         if self.graft.form == "preserving":
             grafted = grafted - side.source(x)
@@ -234,10 +240,8 @@ class SideExperts:
         self._tell(side, mix.detach().flatten())
         return mix * grafted
 
-    def _in_place(self, site: Site, side: Side, call: Arguments) -> Tensor:
+    def _in_place(self, side: Side, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """w_e (E_g(x) - E_e(x)) [T, H] for the tokens whose top k have the source expert e, zero for all others."""
-        x = site.inputs(call)
-        index, weight = site.routing(site, call)
         token, place = torch.where(index == side.number)
         share = weight[token, place]
         self._tell(side, torch.zeros(len(x), device=x.device).index_add(0, token, share.detach().float()))

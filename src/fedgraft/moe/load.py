@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from fedgraft.moe.checkpoint import inspect_folder
 from fedgraft.moe.family import Anatomy, Family, anatomy_of
 from fedgraft.moe.hub import hub_weights
 from fedgraft.moe.memory import check_room, means_out_of_memory
+from fedgraft.moe.padding import can_compact, compacted
 from fedgraft.moe.plan import Plan, examine, file_notes
 from fedgraft.moe.quantise import check_plain, quiet_torchao
 from fedgraft.moe.settings import ModelSettings
@@ -49,6 +51,19 @@ class Base(Anatomy):
         """Padding token id."""
         token = self.tokenizer.pad_token_id
         return int(token if token is not None else self.tokenizer.eos_token_id)
+
+    @cached_property
+    def compacts(self) -> bool:
+        """Whether `without_padding` is for this model; it is tried out when first asked, in evaluation mode."""
+        return can_compact(self, self.device)
+
+    def without_padding(self, mask: Tensor) -> AbstractContextManager[None]:
+        """A forward of rows with this mask [B, L] inside the block spares MoE layers the padding; equal to rounding at real tokens.
+
+        Whatever watches or adapts these layers then sees the N real tokens, in the order of the rows.
+        """
+        assert self.compacts
+        return compacted([site.block for site in self.sites], mask)
 
     @contextmanager
     def logits_at(self, chosen: Tensor) -> Iterator[None]:

@@ -49,8 +49,12 @@ def first_output(output: Any) -> Tensor:
 def add_to_output(output: Any, extra: Tensor) -> Any:
     """A module's output with `extra` [T, H] added to its hidden states."""
     hidden = first_output(output)
-    total = hidden + extra.to(hidden.dtype).view_as(hidden)
-    return (total, *output[1:]) if isinstance(output, tuple) else total
+    return with_hidden(output, hidden + extra.to(hidden.dtype).view_as(hidden))
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A module's output with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 @dataclass(frozen=True, kw_only=True)

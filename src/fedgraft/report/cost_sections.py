@@ -10,6 +10,7 @@ from fedgraft.report.shaping import RESUME, absent, number, span_of
 from fedgraft.report.table import cost
 
 PEAKS = (("peak_memory", "peak memory"), ("peak_gpu_memory", "peak GPU memory"))
+ENERGY = (("energy_processors", "energy of the processors"), ("energy_gpus", "energy of the GPUs"))
 
 
 def traffic_and_time(record: Record) -> Section:
@@ -80,6 +81,11 @@ def _sessions(record: Record) -> list[Block]:
     ]
     several = [f"session {at}, to round {session['rounds']}" for at, session in enumerate(sessions, start=1)]
     columns = ["phase", *(several if len(sessions) > 1 else ["seconds"])]
+    feet += [
+        [label, *(f"{session[key] / 3600:,.2f} Wh" if key in session else "–" for session in sessions)]
+        for key, label in ENERGY
+        if any(key in session for session in sessions)
+    ]
     caption = "Seconds by phase, and peak memory of this process" + ("" if len(sessions) == 1 else ", each time the run was taken up")
     return [Grid(caption=caption, columns=columns, rows=rows, feet=feet, sortable=False)]
 

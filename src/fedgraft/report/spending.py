@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from fedgraft.report.energy import Energy
 from fedgraft.report.record import COST, Record, read_document, write_document
 
 LINUX = Path("/proc/self/status")
@@ -20,6 +21,7 @@ class Spending:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.energy = Energy()
         self.phase, self.since = "", time.perf_counter()
 
     def begin(self, phase: str) -> None:
@@ -42,7 +44,13 @@ class Spending:
             if record.finished and before and reached.items() <= before[-1].items():
                 return
             seconds = {phase: round(seconds, 3) for phase, seconds in self.seconds.items()}
-            write_document(path, {"account": account_facts(account), "sessions": [*before, {**reached, "seconds": seconds, **peaks()}]})
+            write_document(
+                path,
+                {
+                    "account": account_facts(account),
+                    "sessions": [*before, {**reached, "seconds": seconds, **peaks(), **self.energy.facts()}],
+                },
+            )
         except (Exception, KeyboardInterrupt) as error:
             reason = str(error) or type(error).__name__
             logging.getLogger(__name__).warning("%s was not written (%s); the run itself is not affected", path, reason)

@@ -1,4 +1,4 @@
-"""A client as methods see it: its name, rows, memory and the calls it may make. One is alive at a time per process."""
+"""A client as methods see it: its name, rows, memory and the calls it may make. One at a time, or a cohort, is alive in a process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedgraft.data.settings import DataSettings
 from fedgraft.grafts.graft import Experts, GraftedModel
 from fedgraft.grafts.side_expert import Mixture
 from fedgraft.selection.settings import SelectionSettings
-from fedgraft.training.fit import Fit, GradientHook, NotFiniteError, Penalty, fit
+from fedgraft.training.fit import Fit, GradientHook, NotFiniteError, Passes, Penalty, alone, fit
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.tree import Tree
 
@@ -51,6 +51,8 @@ class Client:
     """Rows cut to `data.max_length` since the client was opened."""
     report: Report = unheard
     """Hears of training steps, calibration tokens and evaluated models."""
+    passes: Passes = alone
+    """How its forward and backward passes are run."""
 
     @property
     def name(self) -> str:
@@ -143,6 +145,7 @@ class Client:
                 on_gradients=on_gradients,
                 moments=moments,
                 report=self.report,
+                passes=self.passes,
             )
         except NotFiniteError as error:
             raise NotFiniteError(f"client {self.name!r}, round {round_number + 1}: {error}") from error

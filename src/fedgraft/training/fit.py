@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from fedgraft import seeds
 from fedgraft.data.batches import Batch
 from fedgraft.grafts.graft import Experts, GraftedModel
+from fedgraft.moe.sixteen_bit import faster_on_cpu
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.tree import Tree, clone, combine
 
@@ -25,6 +27,29 @@ GradientHook: TypeAlias = Callable[[Mapping[str, Tensor]], None]
 """Sees the trained leaves when a step's gradients are complete, and may change the gradients in place (SCAFFOLD, ...)."""
 StepReport: TypeAlias = Callable[[int, int, float], None]
 """(optimiser steps done, steps in all, loss of the last one), for people who wait."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """What the passes of one call of `fit` run with."""
+
+    model: GraftedModel
+    tree: Tree
+    """All leaves in use, where their layers compute."""
+    experts: Experts
+    settings: TrainingSettings
+    seed: int
+
+    @property
+    def compact(self) -> bool:
+        """Whether MoE layers are spared the padding. The load-balancing loss of a router is computed over all tokens of a batch."""
+        return self.settings.router_aux == 0 and self.model.base.compacts
+
+
+Gradients: TypeAlias = Callable[[Sequence[Batch]], float]
+"""The batches of one optimiser step -> its mean response loss; adds its gradients to the leaves in use. Parts weigh by response tokens."""
+Passes: TypeAlias = Callable[[Use], AbstractContextManager[Gradients]]
+"""How the forward and backward passes of a call of `fit` are run: `alone`, or with those of other clients (`training.cohort`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +85,7 @@ def fit(
     on_gradients: GradientHook | None = None,
     moments: Mapping[str, Tree] | None = None,
     report: StepReport = lambda done, total, loss: None,
+    passes: Passes | None = None,
 ) -> Fit:
     """Train a copy of the leaves `trained` with AdamW; `fixed` leaves are in use but not changed.
 
@@ -76,9 +102,10 @@ def fit(
         on_gradients: called once per optimiser step, before clipping.
         moments: AdamW's state from an earlier call, to continue with.
         report: hears of every finished step.
+        passes: how forward and backward are run; None: `alone`.
 
     Raises:
-        NotFiniteError: the loss or its gradient became NaN or infinite; nothing is returned, so the caller's leaves stand.
+        NotFiniteError: the loss or its gradient is not finite; nothing is returned, so the caller's leaves stand.
     """
     leaves = {key: leaf.requires_grad_() for key, leaf in model.placed(clone(trained)).items()}
     order = sorted(leaves)
@@ -86,16 +113,16 @@ def fit(
     if moments:
         _restore(optimizer, order, leaves, moments)
     began, total, tokens = time.perf_counter(), 0.0, 0
-    with _training(model, settings), seeds.torch_default(seed), model.using(combine(leaves, fixed or {}), experts):
+    use = Use(model=model, tree=model.placed(combine(leaves, fixed or {})), experts=experts, settings=settings, seed=seed)
+    with (passes or alone)(use) as gradients:
         for done, parts in enumerate(steps, start=1):
-            loss = _step(model, parts, settings, leaves, penalty)
+            loss = gradients(parts)
+            if penalty is not None:
+                penalty(leaves).backward()
             if on_gradients is not None:
                 on_gradients(leaves)
             norm = float(torch.nn.utils.clip_grad_norm_([leaves[key] for key in order], settings.clip, foreach=True))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NotFiniteError(
-                    f"the loss became {loss} (gradient norm {norm}); lower training.lr, or check the data and the base model"
-                )
+            _check_finite(loss, norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total += loss
@@ -105,38 +132,52 @@ def fit(
     return Fit(tree=clone(leaves), loss=total / len(steps), tokens=tokens, seconds=time.perf_counter() - began, moments=kept)
 
 
+def _check_finite(loss: float, norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise NotFiniteError(f"the loss became {loss} (gradient norm {norm}); lower training.lr, or check the data and the base model")
+
+
 def autocast(precision: str, device: torch.device) -> Any:
     """The autocast context of a precision setting."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def _step(
-    model: GraftedModel, parts: Sequence[Batch], settings: TrainingSettings, leaves: Mapping[str, Tensor], penalty: Penalty | None
-) -> float:
-    """Gradients of one optimiser step; returns its mean response loss. Parts are weighted by their response tokens."""
+def sparing(model: GraftedModel, mask: Tensor, compact: bool) -> AbstractContextManager[None]:
+    """Forward and backward of rows with this mask; if `compact`, MoE layers are spared the padding."""
+    return model.base.without_padding(mask) if compact else nullcontext()
+
+
+@contextmanager
+def alone(use: Use) -> Iterator[Gradients]:
+    """One client's passes by themselves."""
+    compact = use.compact  # found out before anything is in training mode
+    with training_mode(use.model, use.settings), seeds.torch_default(use.seed), use.model.using(use.tree, use.experts):
+        yield partial(_gradients, use.model, use.settings, compact)
+
+
+def _gradients(model: GraftedModel, settings: TrainingSettings, compact: bool, parts: Sequence[Batch]) -> float:
     count = max(1, sum(part.response_tokens for part in parts))
     device = model.base.device
     losses = []
     for part in parts:
         batch = part.to(device)
-        with autocast(settings.precision, device), model.base.logits_at(batch.predicting):
-            output = model.base.model(
-                input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, output_router_logits=settings.router_aux > 0
-            )
-        loss = F.cross_entropy(output.logits.float(), batch.targets, reduction="sum") / count
-        losses.append(loss.detach())
-        if settings.router_aux > 0:
-            if getattr(output, "aux_loss", None) is None:
-                raise ValueError("training.router_aux: this architecture computes no load-balancing loss of its router; set it to 0")
-            loss = loss + settings.router_aux * output.aux_loss * (part.response_tokens / count)
-        loss.backward()
-    if penalty is not None:
-        penalty(leaves).backward()
+        with sparing(model, batch.mask, compact):
+            with autocast(settings.precision, device), model.base.logits_at(batch.predicting):
+                output = model.base.model(
+                    input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, output_router_logits=settings.router_aux > 0
+                )
+            loss = F.cross_entropy(output.logits.float(), batch.targets, reduction="sum") / count
+            losses.append(loss.detach())
+            if settings.router_aux > 0:
+                if getattr(output, "aux_loss", None) is None:
+                    raise ValueError("training.router_aux: this architecture computes no load-balancing loss of its router; set it to 0")
+                loss = loss + settings.router_aux * output.aux_loss * (part.response_tokens / count)
+            loss.backward()
     return float(torch.stack(losses).sum())
 
 
 @contextmanager
-def _training(model: GraftedModel, settings: TrainingSettings) -> Iterator[None]:
+def training_mode(model: GraftedModel, settings: TrainingSettings) -> Iterator[None]:
     """Train mode (dropout) and, if wanted, gradient checkpointing; eval mode afterwards.
 
     Routers stay in eval mode: some add noise while training, and the frozen experts are to be chosen as they will be in use.
@@ -149,7 +190,8 @@ def _training(model: GraftedModel, settings: TrainingSettings) -> Iterator[None]
     try:
         if settings.checkpointing:
             getattr(network, f"{switch}_checkpointing_enable")(**{f"{switch}_checkpointing_kwargs": {"use_reentrant": False}})
-        yield
+        with faster_on_cpu():
+            yield
     finally:
         if settings.checkpointing:
             getattr(network, f"{switch}_checkpointing_disable")()
