@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -185,9 +187,10 @@ def line(rows, gain, low=None):
     ],
 )
 def test_it_says_from_how_many_rows_the_graft_pays(lines, said):
-    import re
-
     assert re.search(said, verdict(lines))
+    assert "base" not in verdict(lines)
+    worse = [*lines[:-1], replace(lines[-1], base=1.0)]
+    assert verdict(worse) == f"{verdict(lines)} The untouched base is better still: 1.000 beside {lines[-1].personal:.3f}."
 
 
 def test_join_as_it_is_typed(command, trained, rows, tmp_path):

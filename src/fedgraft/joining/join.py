@@ -144,7 +144,13 @@ def _line(rows: int, models: Mapping[str, Any]) -> Line:
 
 
 def verdict(lines: Sequence[Line]) -> str:
-    """From how many rows on the site's own graft pays, in a sentence; says so where the test rows are too few to tell."""
+    """From how many rows on the site's own graft pays, in words; says so where the test rows are too few to tell, or the base is better."""
+    last = lines[-1]
+    still = f" The untouched base is better still: {last.base:.3f} beside {last.personal:.3f}." if last.base < last.personal else ""
+    return _over_shared(lines) + still
+
+
+def _over_shared(lines: Sequence[Line]) -> str:
     likely, certain = _from(lines, lambda line: line.gain), _from(lines, lambda line: line.interval[0] if line.interval else -1.0)
     if certain is not None:
         low, high = certain.interval or (certain.gain, certain.gain)
