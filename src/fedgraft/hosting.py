@@ -30,6 +30,7 @@ from fedgraft.training.client import Client, MemoryStore, Report, unheard
 from fedgraft.training.fit import NotFiniteError
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.transforms.compression import compressed
+from fedgraft.transforms.secure_aggregation.client import masked_questions
 from fedgraft.tree import Tree
 
 
@@ -137,6 +138,8 @@ class Holdings:
         method = settled(self.method, self.base, self.recipe.lora, list(names))
         questions = site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends)
         questions["train"] = compressed(self.recipe.compression, questions["train"])
+        secure = self.recipe.secure_aggregation
+        questions = masked_questions(secure, questions, method.merge.weight, self.memories.parent)  # the outermost, so nothing comes after
         return Site(
             questions=questions | {"router": _router},
             open_client=self.open,

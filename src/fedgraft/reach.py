@@ -15,7 +15,7 @@ from fedgraft.bundle import Bundle
 from fedgraft.data.partition import load_clients
 from fedgraft.engine.card import Card
 from fedgraft.engine.engine import Engine, Listener
-from fedgraft.engine.flower import GridEngine
+from fedgraft.engine.flower import GridEngine, prepare
 from fedgraft.engine.inprocess import InProcess
 from fedgraft.engine.settings import EngineSettings, FlowerSettings, InProcessSettings, SimulationSettings
 from fedgraft.evaluation.unseen import held_out
@@ -88,13 +88,15 @@ class Here:
 
     def engine(self) -> InProcess:
         """A loop over this process's site."""
+        if self.holdings.recipe.secure_aggregation.name != "none":  # elsewhere Flower is what reaches the clients
+            prepare("flwr", setting="secure_aggregation.name", without="none")
         site = self.holdings.site(sorted([*self.sites, *self.unseen]), lends=True)
         return InProcess(site=site, cohort=self._cohort(), on_failure=self._listener.failed)
 
     def _cohort(self) -> int:
         """How many clients train at once: a function of recipe and base alone, so that a resumed run repeats its bits."""
         holdings = self.holdings
-        recipe, model = holdings.recipe, holdings.model  # so that what cannot work fails now
+        recipe, model, _ = holdings.recipe, holdings.model, holdings.start  # so that what cannot work fails now
         if not isinstance(recipe.engine, InProcessSettings) or recipe.engine.cohort == 1:
             return 1
         if reason := obstacle(model, recipe.training):
@@ -156,6 +158,7 @@ class Afar:
 
     def engine(self) -> GridEngine:
         """The engine it was made with."""
+        _ = self._start
         return self._engine
 
     def cards(self) -> list[Card]:

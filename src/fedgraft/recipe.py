@@ -26,6 +26,7 @@ from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.transforms.compression import CompressionSettings, NoCompression, check_compression
+from fedgraft.transforms.secure_aggregation.settings import NoSecureAggregation, SecureAggregationSettings, check_secure_aggregation
 from fedgraft.yaml_text import read_value, read_yaml
 
 METHOD_SECTIONS = frozenset({"lora", "graft", "selection"})
@@ -56,6 +57,7 @@ class Recipe(Section):
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
     compression: CompressionSettings = NoCompression()
+    secure_aggregation: SecureAggregationSettings = NoSecureAggregation()
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: EngineSettings = InProcessSettings()
     record: RecordSettings = RecordSettings()
@@ -88,6 +90,8 @@ class Recipe(Section):
         assert isinstance(method, Method)
         method = self._with_merge(method)
         check_compression(self.compression, method, self.method.name)
+        coding, kept = self.compression.name, self.engine.keep_replies
+        check_secure_aggregation(self.secure_aggregation, method, self.method.name, compression=coding, keep_replies=kept)
         for key in ("dropout", "deadline", "join") if method.pooled else ():
             if getattr(self.federation, key) != FederationSettings.model_fields[key].default:
                 raise ValueError(f"federation.{key}: method {self.method.name!r} pools the rows, so no client can be missing; remove it")

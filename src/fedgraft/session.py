@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,16 +38,10 @@ from fedgraft.report.summary import summarise
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
 from fedgraft.transforms.compression import restored, summary_lines, widening
+from fedgraft.transforms.secure_aggregation.coordinator import SecureRounds
+from fedgraft.transforms.secure_aggregation.settings import secure_due
 from fedgraft.tree import digest_of_digests
-from fedgraft.trouble import Stand
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM (then the cause is `signals.Terminated`) in a run; `folder` can be resumed."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder))
-        self.folder = folder
+from fedgraft.trouble import Stand, Stopped
 
 
 class Session:
@@ -98,22 +91,22 @@ class Session:
         self.method = settled(self.method, anatomy, recipe.lora, sorted([*self.reach.sites, *self.reach.unseen]))
         work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
         self.account = take_account(anatomy, self.method, recipe.lora, recipe.graft, work)
-        self.due, self.shapes = due_replies(self.method), shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
+        self.shapes = shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
+        self.due = secure_due(recipe.secure_aggregation, due_replies(self.method))
         self.engine = self.reach.engine()
         self.progress.step("model")
-        each, federation = self.account.bytes_up() * widening(recipe.compression), recipe.federation
-        keeps = self.kept.plan(each, federation.clients_of(len(self.reach.sites)), federation.rounds)
-        self.progress.tell([*summary(self.account), *summary_lines(recipe.compression, self.shapes), *keeps])
-        _ = self.reach.start()
+        federation, asked = recipe.federation, recipe.federation.clients_of(len(self.reach.sites))
+        self.secure = SecureRounds(recipe.secure_aggregation, recipe.seed, self._heard, self.engine, self)
+        sums = self.secure.plan(self.method.merge, asked, lambda: [card.rows["train"] for card in self.reach.cards()])
+        keeps = self.kept.plan(self.account.bytes_up() * widening(recipe.compression), asked, federation.rounds)
+        self.progress.tell([*summary(self.account), *summary_lines(recipe.compression, self.shapes), *sums, *keeps])
         self.server = server_of(recipe, self.training, self.reach.sites, self.reach.fresh_adapters)
 
     def go(self) -> Record:
         """From wherever the run stands to its end."""
-        with noting(self.progress, self.folder) as self.progress, self._recording() as self.tell_recorders:
+        recorders, folder = (self.recipe.record, self.folder, self.recipe.complete()), self.folder
+        with noting(self.progress, folder) as self.progress, recording(*recorders, self.progress.warn) as self.tell_recorders:
             return self._go()
-
-    def _recording(self) -> AbstractContextManager[Callable[[], None]]:
-        return recording(self.recipe.record, self.folder, self.recipe.complete(), self.progress.warn)
 
     def _go(self) -> Record:
         try:
@@ -183,13 +176,15 @@ class Session:
         self.progress.begin(phase, total)
 
     def _without(self, client: str, reason: str, after: str, word: str) -> None:
+        if self.secure.excuses(reason):
+            return
         self.failures[client] = reason
         self.progress.warn(f"{reason}. {after}")
         self.progress.step(f"round {self.server.round + 1}  {client}  {word}")
 
     def _ask(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
-        """The engine's ask, whose replies are kept where the recipe wants it."""
-        return self.kept.keeping(question, self._heard(question, packages))
+        """What a method asks by; its replies are kept where the recipe wants it."""
+        return self.kept.keeping(question, self.secure.ask(question, packages))
 
     def _heard(self, question: str, packages: dict[str, Bundle]) -> Iterator[Reply]:
         """Replies in time; each one's facts are for the record, and progress is reported."""
@@ -251,6 +246,7 @@ class Session:
             simulated=part.facts(self.training.least_steps is not None),
             failures=self.failures,
             left=self._leaving(),
+            unopened=self.secure.unopened,
         )
         with deferred():
             files.append_line(self.folder / "rounds.jsonl", line)

@@ -1,4 +1,4 @@
-"""What a machine can lack in the middle of a run (memory, disk space, permission) as one message: what to change, and what is safe."""
+"""How a run ends before its end: stopped, or for what a machine lacks (memory, disk space, permission), told with what is safe."""
 
 from __future__ import annotations
 
@@ -44,6 +44,14 @@ class Stand:
         if not recipe.exists():
             return "Nothing was begun"
         return f"Nothing is lost: the run stands at {self.at}, its settings are in {recipe}; continue with: {resume_command(self.folder)}"
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM (then the cause is `signals.Terminated`) in a run; `folder` can be resumed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.folder = folder
 
 
 @contextmanager

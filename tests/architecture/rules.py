@@ -35,7 +35,7 @@ BESIDE = {
 }
 # Foreign packages that only some parts may import; TYPES_ONLY names parts that may do so under `if TYPE_CHECKING:`.
 OWNERS = {
-    "flwr": {"engine"},
+    "flwr": {"engine", "transforms"},  # transforms: the cryptography of secure aggregation, on both sides
     "ray": {"engine"},
     "peft": {"grafts"},
     "transformers": {"moe", "use"},

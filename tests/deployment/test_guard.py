@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fedgraft
-from fedgraft import files
+from fedgraft import files, hosting
 from fedgraft.bundle import Bundle
 from fedgraft.data.example import Example
 from fedgraft.data.partition import ClientData
@@ -22,6 +22,8 @@ from fedgraft.engine.wire import Frame
 from fedgraft.evaluation import gather
 from fedgraft.methods.method import questions
 from fedgraft.recipe import load_recipe
+from fedgraft.transforms.secure_aggregation.primitives import key_pair
+from fedgraft.transforms.secure_aggregation.settings import KEYS, SHARES, TRAIN
 from tests.deployment.sites import NAME, memories, recipe, site
 
 RUN = "run-1"
@@ -243,6 +245,66 @@ def test_why_something_failed_stays_unless_the_site_tells(opened, values, tmp_pa
     assert (last(guard)["reason"] == reason) is reasons
     assert reasons or str(tmp_path) not in reason
     assert "secret" not in reason
+
+
+MASKED = {"secure_aggregation": {"name": "secagg_plus"}}
+
+
+def in_stages(guard, values, shared, number=0, question=TRAIN, **changed):
+    """The site's response to one of the questions of a round with two further clients, which are played here."""
+    pairs = {name: [key_pair(), key_pair()] for name in ("harbour", "bakery")}
+    response = answer(guard, train(values, number, question=KEYS))
+    if question == KEYS or response.kind != "reply":
+        return response
+    public = {name: [one[1] for one in pair] for name, pair in pairs.items()}
+    public[NAME] = Bundle.decode(response.content).facts["public_keys"]
+    facts = {"round": number, "threshold": 2, "public_keys": public}
+    asked = {"clients": [NAME], "client": NAME, "asked": 4 * number + 1, "committed": number}
+    response = answer(guard, request("ask", values, Bundle(facts=facts), question=SHARES, **asked))
+    if question == SHARES:
+        return response
+    package = Bundle(trees={"shared": shared}, facts={"round": number, "lr": 1e-3, "peers": ["bakery", "harbour"]})
+    return answer(guard, request("ask", values, package, question=TRAIN, **asked))
+
+
+def test_a_site_that_demands_masks_sends_nothing_else(opened, values, shared):
+    guard = opened(secure_aggregation="required")
+    response = in_stages(guard, values(**MASKED), shared)
+    assert response.kind == "reply"
+    assert set(Bundle.decode(response.content).trees) == {"masked"}
+    line = last(guard)
+    assert line["trees"].keys() == {"masked"}
+    assert line["trees"]["masked"]["leaves"] == len(shared)
+    assert "examples" not in line["facts"]
+    plain = answer(guard, train(values(), shared=shared))
+    assert "policy.secure_aggregation: this site sends masked leaves alone" in plain.facts["reason"]
+    none = values(secure_aggregation={"name": "none"})
+    assert "policy.secure_aggregation" in answer(guard, request("join", none)).facts["reason"]
+
+
+def test_an_unmasked_reply_is_stopped_at_the_door(opened, values, shared, monkeypatch):
+    """A bug in the installed fedgraft: the question forgets its masks."""
+    monkeypatch.setattr(hosting, "masked_questions", lambda settings, asked, weight, folder: asked)
+    guard = opened(secure_aggregation="required")
+    response = answer(guard, train(values(**MASKED), shared=shared))
+    assert "policy.secure_aggregation: the reply holds leaves under 'shared'" in response.facts["reason"]
+    assert guard.log.spent(RUN).total_bytes == 0
+
+
+@pytest.mark.parametrize("question", [KEYS, SHARES, TRAIN])
+def test_what_comes_with_training_is_allowed_with_it_alone(opened, values, shared, question):
+    assert in_stages(opened(questions=["train"]), values(**MASKED), shared, question=question).kind == "reply"
+    refused = answer(opened(questions=["evaluate"]), train(values(**MASKED), question=question, shared=shared))
+    assert f"policy.questions: this site does not answer {question!r}" in refused.facts["reason"]
+
+
+def test_a_masked_round_that_is_begun_again_counts_once(opened, values, shared):
+    """Its keys are new, what it trains on is the same."""
+    guard = opened(rounds=3)
+    first, second = (in_stages(guard, values(**MASKED), shared) for _ in range(2))
+    assert (first.kind, second.kind) == ("reply", "reply")
+    assert first.content != second.content
+    assert len(guard.log.spent(RUN).rounds) == 1
 
 
 def test_training_that_diverges_is_told(opened, values, shared):

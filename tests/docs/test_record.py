@@ -18,7 +18,7 @@ OF_NAMES = ("clients", "simulated.seconds", "simulated.steps", "failed")  # obje
 
 @pytest.fixture(scope="module")
 def folder(world, tmp_path_factory):  # noqa: F811
-    """A run with everything that a line can hold but a failure and a leave."""
+    """A run with everything that a line can hold but a failure, a leave and a sum that stays closed."""
     absent = {"rounds": 4, "dropout": 0.3, "deadline": 1.2, "step_seconds": [0.3, 0.5], "jitter": 0.5}
     recipe = world.recipe(
         federation=absent, training={"least_steps": 1, "steps": 3}, evaluation={"generate": False, "experts": False, "models": ["personal"]}
@@ -42,7 +42,7 @@ def test_every_field_of_a_line_is_on_the_page_and_no_other(folder):
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     table = PAGE.read_text(encoding="utf-8").partition("## rounds.jsonl")[2].partition("\n\nA field")[0]
     told = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)}
-    assert {name for line in lines for name in names(line)} | {"failed", "left"} == told
+    assert {name for line in lines for name in names(line)} | {"failed", "left", "unopened"} == told
 
 
 @pytest.mark.skipif(find_spec("pandas") is None, reason="needs pandas")

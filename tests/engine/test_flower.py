@@ -10,7 +10,7 @@ import pytest
 from fedgraft import reach, runner
 from fedgraft.bundle import Bundle
 from fedgraft.report.progress import Quiet
-from fedgraft.session import Stopped
+from fedgraft.trouble import Stopped
 from tests.engine.conftest import Node
 
 LEAN = {"federation": {"rounds": 2}, "training": {"optimizer_state": "kept"}}

@@ -8,7 +8,7 @@ import pytest
 
 from fedgraft import reach, runner
 from fedgraft.report.html import run_page
-from fedgraft.session import Stopped
+from fedgraft.trouble import Stopped
 from tests.engine.test_flower import Watch, digests, flower
 from tests.methods.harness import ROWS
 from tests.run.world import contents

@@ -18,7 +18,7 @@ SECTIONS = {"federation": {"rounds": 2}, "training": {"optimizer_state": "kept"}
 DRIVER = """
 import json, sys
 from fedgraft import runner
-from fedgraft.session import Stopped
+from fedgraft.trouble import Stopped
 from tests.engine.test_flower import Watch
 for job in json.loads(sys.argv[1]):
     try:

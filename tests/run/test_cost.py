@@ -9,7 +9,7 @@ import pytest
 from fedgraft.report import spending
 from fedgraft.report.record import Record
 from fedgraft.runner import resume, run
-from fedgraft.session import Stopped
+from fedgraft.trouble import Stopped
 from tests.run.test_folder import QUICK, StopAt
 
 

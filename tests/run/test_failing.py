@@ -15,8 +15,8 @@ from fedgraft.bundle import Bundle
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import Record
 from fedgraft.runner import resume, run
-from fedgraft.session import Stopped
 from fedgraft.training.client import Client
+from fedgraft.trouble import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in Click:DeprecationWarning")
 LEAN = {"training": {"steps": 1}, "selection": {"tokens": 32}, "evaluation": {"rows": 1, "generate": False, "models": ["personal"]}}

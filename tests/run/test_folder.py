@@ -13,7 +13,8 @@ from fedgraft.bundle import Bundle
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import Record
 from fedgraft.runner import resume, run
-from fedgraft.session import Session, Stopped
+from fedgraft.session import Session
+from fedgraft.trouble import Stopped
 from tests.run.world import contents
 
 LEAN = {"training": {"steps": 1, "lr": 1e-3, "lr_min": 1e-3}, "evaluation": {"rows": 1, "generate": False, "models": ["personal"]}}

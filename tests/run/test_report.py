@@ -12,7 +12,8 @@ from fedgraft.report import html
 from fedgraft.report.html import run_page
 from fedgraft.report.record import Record
 from fedgraft.runner import run
-from fedgraft.session import Session, Stopped
+from fedgraft.session import Session
+from fedgraft.trouble import Stopped
 from tests.run.test_folder import QUICK, StopAt
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in Click:DeprecationWarning")

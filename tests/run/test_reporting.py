@@ -15,7 +15,7 @@ from fedgraft.bundle import Bundle
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import resume_command
 from fedgraft.runner import resume, run
-from fedgraft.session import Stopped
+from fedgraft.trouble import Stopped
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in Click:DeprecationWarning"),

@@ -10,7 +10,7 @@ from fedgraft.report.now import FILE
 from fedgraft.report.progress import Quiet
 from fedgraft.report.watching import Watched
 from fedgraft.runner import resume, run
-from fedgraft.session import Stopped
+from fedgraft.trouble import Stopped
 from tests.run.world import contents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in Click:DeprecationWarning")

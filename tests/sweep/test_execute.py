@@ -13,11 +13,11 @@ import yaml
 from fedgraft import runner
 from fedgraft.report.progress import Quiet
 from fedgraft.report.record import Record, read_document
-from fedgraft.session import Stopped
 from fedgraft.signals import Terminated
 from fedgraft.sweep import execute as execute_module
 from fedgraft.sweep.execute import execute
 from fedgraft.sweep.plan import plan
+from fedgraft.trouble import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in Click:DeprecationWarning")
 SMALL = {"federation": {"rounds": 1}, "training": {"steps": 1}, "evaluation": {"generate": False, "rows": 1}, "selection": None}

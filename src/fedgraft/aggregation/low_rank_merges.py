@@ -30,7 +30,7 @@ def refactorised(rank: int) -> Merge:
             merged[f"{head}.A"], merged[f"{head}.B"] = truncated_svd(left, right, rank)
         return merged
 
-    return Merge(run=run, linear=False, needs_each_reply=True)
+    return Merge(run=run, needs_each_reply=True)
 
 
 def averaged_with_residual(alpha: float) -> Merge:
@@ -47,7 +47,7 @@ def averaged_with_residual(alpha: float) -> Merge:
                 merged[f"{head}.residual"] = products
         return merged
 
-    return Merge(run=run, linear=False, needs_each_reply=True)
+    return Merge(run=run, needs_each_reply=True)
 
 
 def stacked(alpha: float) -> Merge:
@@ -60,7 +60,7 @@ def stacked(alpha: float) -> Merge:
             merged[f"{head}.residual.B"], merged[f"{head}.residual.A"] = _stacked(pairs, alpha)
         return merged
 
-    return Merge(run=run, linear=False, needs_each_reply=True)
+    return Merge(run=run, needs_each_reply=True)
 
 
 def _norm(update: Update) -> float:
@@ -68,7 +68,7 @@ def _norm(update: Update) -> float:
     return max(float(torch.stack(squares).sum().sqrt()) if squares else 0.0, torch.finfo(torch.float64).tiny)
 
 
-by_product_norm = Merge(run=weighted_mean(_norm), linear=False)
+by_product_norm = Merge(run=weighted_mean(_norm))
 """HetLoRA's sparsity-weighted mean of padded factors: weights in proportion to the Frobenius norm of all of a client's B A."""
 
 
@@ -78,7 +78,7 @@ def padded_mean(rank: int, weighted: Merge) -> Merge:
     def run(updates: Iterable[Update]) -> Tree:
         return weighted.run(Update(client=one.client, delta=padded(one.delta, rank), examples=one.examples) for one in updates)
 
-    return Merge(run=run, linear=weighted.linear)
+    return Merge(run=run, weight=weighted.weight)
 
 
 def take(state: Bundle, merged: Tree) -> Bundle:

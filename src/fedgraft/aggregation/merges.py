@@ -26,12 +26,17 @@ class Merge:
     """A merge rule and what it needs."""
 
     run: Callable[[Iterable[Update]], Tree]
-    linear: bool
-    """A weighted sum of the deltas, so fit for secure aggregation."""
+    weight: Callable[[int], int] | None = None
+    """What a client of so many training rows counts; None: the merge is no mean with weights that a client knows by itself."""
     needs_each_reply: bool = False
     """Must see every delta at once; else replies are folded one at a time."""
     least: int = 1
     """Replies below which it cannot judge; with fewer of them a leaf keeps its value."""
+
+    @property
+    def linear(self) -> bool:
+        """A weighted sum of the deltas, so fit for secure aggregation."""
+        return self.weight is not None
 
 
 def check_shapes(key: str, first: str, leaf: Tensor, second: str, other: Tensor) -> None:
@@ -65,10 +70,10 @@ def weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Updat
     return run
 
 
-by_examples = Merge(run=weighted_mean(lambda update: float(update.examples)), linear=True)
+by_examples = Merge(run=weighted_mean(lambda update: float(update.examples)), weight=lambda examples: examples)
 """sum_c n_c delta_c / sum_c n_c over the holders of each leaf (McMahan et al. 2017)."""
 
-uniform = Merge(run=weighted_mean(lambda update: 1.0), linear=True)
+uniform = Merge(run=weighted_mean(lambda update: 1.0), weight=lambda examples: 1)
 """Unweighted mean over the holders of each leaf."""
 
 MEANS = (by_examples, uniform)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
+
 from fedgraft.address import is_residual
 from fedgraft.aggregation.server import Reply
 from fedgraft.bundle import Bundle
@@ -48,6 +50,8 @@ class Due:
     leaves: Form = no_leaves
     facts: tuple[str, ...] = ()
     """Names of facts that it can't do without."""
+    dtype: torch.dtype | None = None
+    """Type of its leaves; None: numbers with a point, all of them finite."""
 
 
 def usable(
@@ -56,22 +60,22 @@ def usable(
     """The replies that hold what was due; `lost` hears the client and the reason of each other one."""
     for reply in replies:
         try:
-            _check(reply.bundle, due.leaves(shapes, packages[reply.client], reply.bundle), due.facts)
+            _check(reply.bundle, due.leaves(shapes, packages[reply.client], reply.bundle), due)
         except ValueError as error:
             lost(reply.client, f"the reply of client {reply.client!r} can't be used: {error}")
         else:
             yield reply
 
 
-def _check(reply: Bundle, due: Mapping[str, Shapes], facts: tuple[str, ...]) -> None:
+def _check(reply: Bundle, leaves: Mapping[str, Shapes], due: Due) -> None:
     """Compare a reply with what was due.
 
     Raises:
         ValueError: a leaf is missing, superfluous, of another shape or not finite, or a fact is missing or no such number.
     """
-    for name in sorted(reply.trees.keys() | due.keys()):
-        _check_tree(name, reply.tree(name), due.get(name, {}))
-    if missing := [name for name in facts if name not in reply.facts]:
+    for name in sorted(reply.trees.keys() | leaves.keys()):
+        _check_tree(name, reply.tree(name), leaves.get(name, {}), due.dtype)
+    if missing := [name for name in due.facts if name not in reply.facts]:
         raise ValueError(f"it does not tell {missing[0]!r}")
     for name, least in LEAST.items():
         fact = reply.facts.get(name)
@@ -79,11 +83,15 @@ def _check(reply: Bundle, due: Mapping[str, Shapes], facts: tuple[str, ...]) -> 
             raise ValueError(f"its {name!r} is {fact!r}")
 
 
-def _check_tree(name: str, tree: Tree, due: Shapes) -> None:
+def _check_tree(name: str, tree: Tree, due: Shapes, dtype: torch.dtype | None) -> None:
     for key in sorted(tree.keys() ^ due.keys()):
         raise ValueError(f"leaf {key!r} of {name!r} is {'missing' if key in due else 'there and was not asked for'}")
     for key, leaf in sorted(tree.items()):
         if tuple(leaf.shape) != tuple(due[key]):
             raise ValueError(f"leaf {key!r} of {name!r} has shape {tuple(leaf.shape)} in place of {tuple(due[key])}")
+        if dtype is not None:
+            if leaf.dtype != dtype:
+                raise ValueError(f"leaf {key!r} of {name!r} is {leaf.dtype} in place of {dtype}")
+            continue
         if not leaf.is_floating_point() or not leaf.isfinite().all():
             raise ValueError(f"leaf {key!r} of {name!r} holds numbers that are not finite")

@@ -103,7 +103,7 @@ class NormBounded(Section):
                 delta = {key: leaf * scale for key, leaf in update.delta.items()}
                 yield Update(client=update.client, delta=delta, examples=update.examples)
 
-        return Merge(run=lambda updates: uniform.run(bounded(updates)), linear=False)
+        return Merge(run=lambda updates: uniform.run(bounded(updates)))
 
 
 MergeSettings: TypeAlias = Annotated[Mean | Median | TrimmedMean | Krum | MultiKrum | NormBounded, Field(discriminator="rule")]
@@ -122,7 +122,7 @@ def _coordinates(rule: Callable[[Tensor], Tensor], least: int) -> Merge:
         stacks = {key: torch.stack([leaf for _, leaf in holders]) for key, holders in held.items() if len(holders) >= least}
         return {key: rule(values.sort(0).values) for key, values in stacks.items()}
 
-    return Merge(run=run, linear=False, needs_each_reply=True, least=least)
+    return Merge(run=run, needs_each_reply=True, least=least)
 
 
 def _cut(ordered: Tensor, count: int) -> Tensor:
@@ -146,7 +146,7 @@ def _all_at_once(rule: Callable[[list[Update]], Tree], least: int) -> Merge:
                 check_shapes(key, every[0].client, every[0].delta[key], update.client, leaf)
         return rule(every)
 
-    return Merge(run=run, linear=False, needs_each_reply=True, least=least)
+    return Merge(run=run, needs_each_reply=True, least=least)
 
 
 def _by_score(updates: list[Update], faulty: int) -> list[int]:

@@ -129,6 +129,7 @@ class Guard:
         """What can be decided by the recipe alone, before a row is read."""
         recipe = check_values(self.host.own(asked.recipe), "the coordinator's recipe")
         policy.check_run(self.settings.policy, recipe.method.name, recipe.build_method(), recipe.federation.rounds)
+        policy.check_masks(self.settings.policy, recipe.secure_aggregation.name != "none")
         if asked.frame.kind == "ask":
             policy.check_question(self.settings.policy, asked.question, asked.fingerprint, self.log.spent(asked.run))
             if asked.client != self.settings.name:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from fedgraft.bundle import Outline
 from fedgraft.deployment.site_settings import PolicySettings
 from fedgraft.methods.method import Method
+from fedgraft.transforms.secure_aggregation.settings import DUE, MASKED, TRAIN
 from fedgraft.tree import Predicate
 from fedgraft.words import size
 
@@ -53,6 +54,16 @@ def check_run(policy: PolicySettings, name: str, method: Method, rounds: int) ->
             raise Refusal(f"policy.privacy.{key}", f"this site demands {key} {wanted:g}, and this fedgraft has no differential privacy")
 
 
+def check_masks(policy: PolicySettings, masked: bool) -> None:
+    """Whether replies of a run are masked, where they have to be.
+
+    Raises:
+        Refusal: they aren't.
+    """
+    if policy.secure_aggregation == "required" and not masked:
+        raise Refusal("policy.secure_aggregation", "this site sends masked leaves alone; set secure_aggregation.name to secagg_plus")
+
+
 def check_site(policy: PolicySettings, base: str, examples: int) -> None:
     """Whether what the site would train with is what the policy expects: its base model's digest and the rows behind a reply.
 
@@ -71,7 +82,7 @@ def check_question(policy: PolicySettings, question: str, fingerprint: str, spen
     Raises:
         Refusal: such questions are not, or the rounds are used up.
     """
-    if question not in policy.questions:
+    if (TRAIN if question in DUE else question) not in policy.questions:
         raise Refusal("policy.questions", f"this site does not answer {question!r}, only: {', '.join(policy.questions) or 'nothing'}")
     if policy.rounds is not None and question == "train" and len(spent.rounds | {fingerprint}) > policy.rounds:
         raise Refusal("policy.rounds", f"{policy.rounds} training rounds of this run have been answered, and no more will be")
@@ -84,6 +95,8 @@ def check_reply(policy: PolicySettings, content: Outline, personal: Predicate) -
         Refusal: it holds something that stays here.
     """
     for tree, leaves in sorted(content.trees.items()):
+        if leaves and tree != MASKED and policy.secure_aggregation == "required":
+            raise Refusal("policy.secure_aggregation", f"the reply holds leaves under {tree!r}, this site sends masked ones alone")
         if leaves and tree not in policy.trees:
             raise Refusal("policy.trees", f"the reply holds leaves under {tree!r}, this site sends only: {', '.join(policy.trees)}")
         for address in sorted(leaves):

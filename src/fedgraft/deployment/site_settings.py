@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -29,6 +29,11 @@ FACTS = (
     "models",
     "expert_figures",
     "unseen",
+    "masked_counts",
+    "public_keys",
+    "sealed_shares",
+    "commitment",
+    "opened_shares",
 )
 OWN_MODEL = frozenset({"name", "revision", "offline", "device", "device_map", "max_memory", "offload"})
 OWN_DATA = frozenset({"dataset", "path", "partition", "clients", "categories", "alpha", "overlap"})
@@ -55,8 +60,9 @@ class PolicySettings(Section):
     leaves: Names = ("layers.*.attention",)
     """Leaves that may leave, as heads of addresses; `*` stands for anything between two dots. What the method keeps on the client never
     leaves, whatever is written here."""
-    trees: Names = ("shared", "control")
-    """Sets of leaves that may leave: `shared`, the trained ones; `control`, SCAFFOLD's mean gradients."""
+    trees: Names = ("shared", "masked", "control")
+    """Sets of leaves that may leave: `shared`, the trained ones; `masked`, what secure aggregation makes of them; `control`, SCAFFOLD's
+    mean gradients."""
     facts: Names = FACTS
     """Figures that may leave with a reply. A reply with another one is refused as a whole."""
     categories: bool = True
@@ -72,6 +78,8 @@ class PolicySettings(Section):
     bases: Names | None = None
     """Digests of the base models that may be trained on (none: any); a run's `environment.json` and the site's log show them."""
     privacy: PrivacySettings = PrivacySettings()
+    secure_aggregation: Literal["optional", "required"] = "optional"
+    """`required`: take part in runs with secure aggregation alone, and send no leaves but masked ones."""
     reasons: bool = False
     """Tell the coordinator in full why something failed here, which may name files, fields or categories; off: only the site's log says."""
 

@@ -17,8 +17,8 @@ from fedgraft.engine.settings import FlowerSettings
 from fedgraft.recipe import load_recipe
 from fedgraft.report.progress import Progress, Quiet
 from fedgraft.report.record import Record
-from fedgraft.session import Stopped
 from fedgraft.signals import deferred
+from fedgraft.trouble import Stopped
 
 if TYPE_CHECKING:
     from fedgraft.engine.control import Control

@@ -37,8 +37,13 @@ FOREVER = float(60 * 60 * 24 * 30)
 """Seconds that a message without a deadline is kept."""
 
 
-def prepare(*packages: str) -> None:
+def prepare(*packages: str, setting: str = "engine.name", without: str = "inprocess") -> None:
     """Check that these packages are there, and keep them from calling home; to be called before Flower is imported.
+
+    Args:
+        packages: by the names that they are imported by.
+        setting: the key of the recipe that needs them.
+        without: a value of it that doesn't.
 
     Raises:
         ValueError: one is not installed.
@@ -47,9 +52,7 @@ def prepare(*packages: str) -> None:
         os.environ.setdefault(name, value)
     for package in packages:
         if find_spec(package) is None:
-            raise ValueError(
-                f"engine.name: needs {package}, which is not installed; pip install 'fedgraft[flower]', or set it to inprocess"
-            )
+            raise ValueError(f"{setting}: needs {package}, which is not installed; pip install 'fedgraft[flower]', or set it to {without}")
 
 
 @dataclass(kw_only=True)

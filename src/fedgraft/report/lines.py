@@ -23,6 +23,7 @@ def round_line(
     simulated: Mapping[str, Any],
     failures: Mapping[str, str],
     left: Collection[str],
+    unopened: str = "",
 ) -> dict[str, Any]:
     """The line of a finished round.
 
@@ -35,6 +36,7 @@ def round_line(
         simulated: what the recipe had happen.
         failures: client -> why it has no reply.
         left: clients that have withdrawn, nothing of which is in this round.
+        unopened: why the sum of the replies stayed closed, so that nothing was merged.
     """
     clients = {name: {key: facts[key] for key in TOLD if key in facts} for name, facts in replies.items()}
     return {
@@ -48,6 +50,7 @@ def round_line(
         **({"simulated": dict(simulated)} if simulated else {}),
         **({"failed": dict(failures)} if failures else {}),
         **({"left": sorted(left)} if left else {}),
+        **({"unopened": unopened} if unopened else {}),
     }
 
 
