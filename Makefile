@@ -10,7 +10,7 @@ SOURCES := src tests $(wildcard tools benchmarks)
 
 .DEFAULT_GOAL := help
 SHELL := bash
-.PHONY: help demo test test-deploy check static bench docs venv clean
+.PHONY: help demo test test-deploy fuzz audit check static bench docs venv clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,13 @@ test: static ## Everything `check` does, then unit and contract tests
 
 test-deploy: $(READY) ## What starts Ray or Flower's servers; takes minutes
 	$(BIN)/python -m pytest -m deploy
+
+fuzz: $(READY) ## Damaged and forged inputs for every reader, up to a million each; hours (FUZZ="--times 0.01" for minutes)
+	$(BIN)/python -m tests.fuzz.long $(FUZZ)
+
+audit: ## Known vulnerabilities of the tested versions; asks PyPI about each, so it needs the network
+	$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip --disable-pip-version-check -qq install pip-audit
+	build/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 check: static ## Format, lint, types and the architecture tests
 	$(BIN)/python -m pytest tests/architecture
@@ -57,7 +64,7 @@ static: $(READY)
 	$(BIN)/mypy
 
 # One thread: faster than two on models this small. The malloc settings (glibc) keep freed big tensors mapped, so each step does not fault them in anew.
-demo test test-deploy check bench: export OMP_NUM_THREADS := 1
+demo test test-deploy fuzz check bench: export OMP_NUM_THREADS := 1
 demo test test-deploy check bench: export MALLOC_MMAP_THRESHOLD_ := 1073741824
 demo test test-deploy check bench: export MALLOC_TRIM_THRESHOLD_ := 17179869184
 demo test test-deploy check bench: export MALLOC_TOP_PAD_ := 268435456

@@ -83,6 +83,7 @@ def test_a_site_with_rows_of_its_own_is_one_client(place, tmp_path):
         ("ask", {"run": "../../etc"}, "the run's id '../../etc' cannot name a folder"),
         ("ask", {"content": b"nonsense"}, "the package for client 'ada': damaged or not written by fedgraft"),
         ("ask", {"recipe": {"method": {"name": "sing"}}}, "unknown method 'sing'"),
+        ("ask", {"recipe": {"model": 5}}, "the coordinator's recipe: model: Input should be"),
         ("ask", {"recipe": {"sing": {}}}, "the coordinator's recipe: unknown key 'sing'"),
         ("join", {"partition": None}, "the rows here make 3 clients"),
         ("join", {"partition": 3}, "this is node 3, counted from 0, and the recipe's data make 3 clients"),

@@ -3,7 +3,10 @@
     python tools/results.py --section main-job runs/main/*
     python tools/results.py --section rows --pivot data.train_rows --figure loss --beside local runs/rows/*
 
-Runs that differ only in their seed are one row; with `--pivot` the values of one recipe key are the columns of a table of one figure.
+    python tools/results.py --document docs/reliability.md --section attackers --pivot attack --common runs/robustness/*
+
+Runs that differ only in their seed are one row; with `--pivot` the values of one recipe key, or of a whole section, are the columns of a
+table of one figure.
 Every figure is mean ± sample standard deviation over seeds of the mean over clients of the `personal` model on the split the runs were
 evaluated on. The text between the section's markers is replaced.
 """
@@ -28,12 +31,13 @@ def differences(recipes: list[dict[str, Any]], pivot: str = "") -> list[str]:
     """A label per recipe: the method and every setting, seed, evaluation and `pivot` excepted, in which the recipes differ."""
     flat = [dict(_flatten(recipe)) for recipe in recipes]
     skipped = {"seed", "method.name", pivot}
-    keys = sorted(key for key in {key for values in flat for key in values} - skipped if not key.startswith("evaluation."))
+    left_out = ("evaluation.", f"{pivot}.") if pivot else ("evaluation.",)
+    keys = sorted(key for key in {key for values in flat for key in values} - skipped if not key.startswith(left_out))
     labels = []
     for values in flat:
         same_method = [other for other in flat if other["method.name"] == values["method.name"]]
         telling = [key for key in keys if len({json.dumps(other.get(key)) for other in same_method}) > 1]
-        labels.append(", ".join([str(values["method.name"]), *(f"{key}={values.get(key)}" for key in telling)]))
+        labels.append(", ".join([str(values["method.name"]), *(f"{key}={values[key]}" for key in telling if key in values)]))
     return labels
 
 
@@ -42,6 +46,13 @@ def _flatten(values: dict[str, Any], head: str = "") -> list[tuple[str, Any]]:
     for key, value in values.items():
         pairs += _flatten(value, f"{head}{key}.") if isinstance(value, dict) else [(f"{head}{key}", value)]
     return pairs
+
+
+def _value(recipe: dict[str, Any], key: str) -> Any:
+    """What a recipe says under a key; of a section all that it says, as text."""
+    flat = dict(_flatten(recipe))
+    inside = sorted(flat, key=lambda name: name != f"{key}.name")  # its name first, the others as they stand
+    return flat[key] if key in flat else " ".join(str(flat[name]) for name in inside if name.startswith(f"{key}."))
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -77,20 +88,26 @@ def section(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def pivoted(records: list[Record], key: str, figure: str, beside: str = "") -> str:
+def pivoted(records: list[Record], key: str, figure: str, beside: str = "", common: bool = False) -> str:
     """A Markdown table of one figure: a row per method and further settings, a column per value of the recipe's `key`.
 
     With `beside`, a method, cells say in brackets how much they are above its runs of the same seeds, mean ± deviation of the differences.
+    With `common`, means are over those clients that all runs of a seed have evaluated.
     """
+    seeds = {record.recipe["seed"] for record in records}
+    shared = {seed: set[str].intersection(*({*record.results} for record in records if record.recipe["seed"] == seed)) for seed in seeds}
     groups: dict[tuple[str, Any], dict[int, float]] = defaultdict(dict)
     labels = differences([record.recipe for record in records], key)
     for label, record in zip(labels, records, strict=True):
         for row, model in ((label, "personal"), ("base", "base")):
-            if found := record.figures(model, figure):
-                groups[row, dict(_flatten(record.recipe))[key]][record.recipe["seed"]] = summary(found, True)["mean"]
-    columns, digits = sorted({value for _, value in groups}), FIGURES[figure][2]
-    seeds = {len(by_seed) for by_seed in groups.values()}
-    head = f"{FIGURES[figure][0]}, seeds: {' or '.join(map(str, sorted(seeds)))}, by {key}"
+            found = record.figures(model, figure)
+            if common:
+                found = {client: value for client, value in found.items() if client in shared[record.recipe["seed"]]}
+            if found:
+                groups[row, _value(record.recipe, key)][record.recipe["seed"]] = summary(found, True)["mean"]
+    columns, digits = sorted({value for _, value in groups}, key=lambda value: (value != "none", value)), FIGURES[figure][2]
+    counts = {len(by_seed) for by_seed in groups.values()}
+    head = f"{FIGURES[figure][0]}, seeds: {' or '.join(map(str, sorted(counts)))}, by {key}"
     lines = [f"| {head} | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
     rows = [row for row in dict.fromkeys(("base", *labels)) if any((row, value) in groups for value in columns)]
     for row in rows:
@@ -107,25 +124,30 @@ def _cell(own: dict[int, float], other: dict[int, float], digits: int) -> str:
     return spread(list(own.values()), digits) + (f" ({sign}{spread(above, digits)})" if above else "")
 
 
+def written(document: Path, section: str, table: str) -> None:
+    """Put a table between the markers of its section."""
+    begin, end = f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
+    text = document.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise SystemExit(f"{document} has no markers for section {section!r}")
+    before, rest = text.split(begin, 1)
+    files.write_text(document, f"{before}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument(
-        "--section", required=True, help="name of the markers <!-- NAME: begin --> and <!-- NAME: end --> in docs/results.md"
-    )
-    parser.add_argument("--pivot", metavar="KEY", help="a recipe key whose values are the columns, such as data.train_rows")
+    parser.add_argument("--section", required=True, help="name of the markers <!-- NAME: begin --> and <!-- NAME: end --> in the document")
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help=f"where the section stands ({DOCUMENT})")
+    parser.add_argument("--pivot", metavar="KEY", help="a key or section whose values are the columns, such as data.train_rows")
     parser.add_argument("--beside", metavar="METHOD", default="", help="with --pivot: also differences to this method, paired by seed")
     parser.add_argument("--figure", default="loss", choices=sorted(FIGURES), help="what a table with --pivot shows")
+    parser.add_argument("--common", action="store_true", help="with --pivot: only clients that all runs of a seed have evaluated")
     options = parser.parse_args()
     records = [Record.load(folder) for folder in options.runs if (folder / "results.json").is_file()]
-    table = pivoted(records, options.pivot, options.figure, options.beside) if options.pivot else section(records)
-    begin, end = f"<!-- {options.section}: begin -->", f"<!-- {options.section}: end -->"
-    text = DOCUMENT.read_text(encoding="utf-8")
-    if begin not in text or end not in text:
-        raise SystemExit(f"{DOCUMENT} has no markers for section {options.section!r}")
-    before, rest = text.split(begin, 1)
-    files.write_text(DOCUMENT, f"{before}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}")
+    table = pivoted(records, options.pivot, options.figure, options.beside, options.common) if options.pivot else section(records)
+    written(options.document, options.section, table)
 
 
 if __name__ == "__main__":

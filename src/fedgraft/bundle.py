@@ -17,6 +17,8 @@ from fedgraft.tree import Tree, digest, digest_of_digests
 
 SCHEMA = 1
 HEADER = "fedgraft"
+HEADER_BYTES = 1 << 26
+"""Longest header that is parsed: some 400,000 leaves."""
 Fact: TypeAlias = str | int | float | bool | None | list[Any] | dict[str, Any]
 
 
@@ -61,11 +63,11 @@ class Bundle:
             ValueError: damaged content or a newer schema; the message names `source`.
         """
         try:
-            size = int.from_bytes(content[:8], "little")
-            header = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][HEADER])
-            schema, facts, trees = int(header["schema"]), header.get("facts", {}), dict[str, Tree]()
+            places, _ = _places(content)
+            header = files.parse_json(places["__metadata__"][HEADER])
+            schema, facts, trees = int(header["schema"]), dict[str, Fact](), dict[str, Tree]()
             if schema <= SCHEMA:
-                trees = {name: {} for name in header["trees"]}
+                facts, trees = _facts(header), {name: {} for name in _names(header)}
                 leaves = decode_tensors(content)
                 if header.pop("sum", None) not in {None, _sum(header, leaves)}:
                     raise ValueError("its checksum does not fit")
@@ -87,12 +89,11 @@ class Bundle:
             ValueError: damaged, or bytes or texts beside those of leaves and facts; the message names `source`.
         """
         try:
-            size = int.from_bytes(content[:8], "little")
-            places = json.loads(content[8 : 8 + size])
+            places, size = _places(content)
             texts = places.pop("__metadata__")
-            header = json.loads(texts.pop(HEADER))
+            header = files.parse_json(texts.pop(HEADER))
             spans = {path: place["data_offsets"] for path, place in places.items()}
-            trees = {name: dict[str, int]() for name in header["trees"]}
+            facts, trees = _facts(header), {name: dict[str, int]() for name in _names(header)}
             for path, (start, end) in spans.items():
                 name, key = path.split("/", 1)
                 trees[name][key] = end - start
@@ -102,7 +103,7 @@ class Bundle:
                 raise ValueError("it holds more than trees and facts")
         except Exception as error:
             raise ValueError(f"{source}: damaged or not written by fedgraft ({type(error).__name__}: {error})") from error
-        return Outline(trees=trees, facts=header["facts"])
+        return Outline(trees=trees, facts=facts)
 
     def save(self, path: Path) -> None:
         """Write to disk, atomically."""
@@ -116,6 +117,32 @@ class Bundle:
             ValueError: as `decode`, naming the file.
         """
         return Bundle.decode(path.read_bytes(), str(path))
+
+
+def _places(content: bytes) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and its length, which is compared with a limit first.
+
+    Raises:
+        ValueError: too long, or no JSON.
+    """
+    size = int.from_bytes(content[:8], "little")
+    if size > HEADER_BYTES:
+        raise ValueError(f"a header of {size} bytes, at most {HEADER_BYTES} are read")
+    places: dict[str, Any] = files.parse_json(content[8 : 8 + size])
+    return places, size
+
+
+def _facts(header: Mapping[str, Any]) -> dict[str, Fact]:
+    if not isinstance(header.get("facts", {}), dict):
+        raise ValueError("its facts have no names")
+    return dict(header.get("facts", {}))
+
+
+def _names(header: Mapping[str, Any]) -> list[str]:
+    """Of the trees."""
+    if not isinstance(header["trees"], list) or not all(isinstance(name, str) for name in header["trees"]):
+        raise ValueError("its trees have no names")
+    return header["trees"]
 
 
 def _sum(header: Mapping[str, Any], leaves: Tree) -> str:

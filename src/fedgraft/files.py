@@ -1,12 +1,14 @@
 """Writing files so that a crash at any moment leaves either the old or the new one, never half of one; and one process per run folder.
 
 An `OSError` of a write names the file that was to be written. A write that has begun is finished before Ctrl-C or SIGTERM takes effect.
+Whoever reads JSON reads it with `parse_json`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from filelock import FileLock, Timeout
 from fedgraft.signals import deferred
 
 LOCK = ".lock"
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -87,6 +90,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def parse_json(content: str | bytes) -> Any:
+    """One JSON document in UTF-8, wherever it comes from.
+
+    Raises:
+        ValueError: it is none, is nested too deeply to be followed, or holds half of a surrogate pair, which could not be written again.
+    """
+    text = content.decode() if isinstance(content, bytes | bytearray) else content
+    try:
+        value = json.loads(text)
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
 def read_text(path: Path) -> str:
     """UTF-8 text.
 
@@ -149,7 +168,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _parse(line: bytes, place: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:
         raise ValueError(f"{place}: damaged ({error}); restore the file from a copy, or start a new run") from None
 

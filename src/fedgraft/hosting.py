@@ -17,7 +17,7 @@ from fedgraft.bundle import Bundle
 from fedgraft.data.partition import SAFE_NAME, ClientData, check_rows, data_digest, load_clients, pooled, split_rows, training_counts
 from fedgraft.engine.card import Card
 from fedgraft.engine.site import Site
-from fedgraft.engine.wire import Frame
+from fedgraft.engine.wire import ECHOED, Frame
 from fedgraft.evaluation.gather import site_questions
 from fedgraft.evaluation.unseen import held_out
 from fedgraft.grafts.graft import GraftedModel
@@ -29,6 +29,7 @@ from fedgraft.recipe import Recipe, check_values
 from fedgraft.training.client import Client, MemoryStore, Report, unheard
 from fedgraft.training.fit import NotFiniteError
 from fedgraft.training.settings import TrainingSettings
+from fedgraft.transforms.attack import attacking
 from fedgraft.transforms.compression import compressed
 from fedgraft.transforms.secure_aggregation.client import masked_questions
 from fedgraft.tree import Tree
@@ -109,11 +110,7 @@ class Holdings:
 
     @cached_property
     def start(self) -> Tree:
-        """The leaves that `lora.init` names; empty without.
-
-        Raises:
-            ValueError: as `start_of`.
-        """
+        """The leaves that `lora.init` names, by `start_of`; empty without."""
         return start_of(self.recipe.lora, self.base, self.base.digest, self.recipe.seed)
 
     @cached_property
@@ -130,13 +127,15 @@ class Holdings:
 
         Args:
             names: all its clients, those of other processes too.
-            lends: whether a client may lend its personal model to others, which are no other parties then.
+            lends: whether all clients are one party, so that one may lend its personal model to others, or attack them.
 
         Raises:
             ValueError: the method cannot do what it was asked to on this model.
         """
         method = settled(self.method, self.base, self.recipe.lora, list(names))
         questions = site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends)
+        if lends:
+            questions["train"] = attacking(self.recipe.attack, list(self.federated), self.recipe.seed, questions["train"])
         questions["train"] = compressed(self.recipe.compression, questions["train"])
         secure = self.recipe.secure_aggregation
         questions = masked_questions(secure, questions, method.merge.weight, self.memories.parent)  # the outermost, so nothing comes after
@@ -250,7 +249,7 @@ class Host:
         site = self._site[1]
         asked, committed = int(facts["asked"]), int(facts["committed"])
         content = site.answer(facts["question"], facts["client"], frame.content, asked=asked, committed=committed)
-        return Frame(kind="reply", facts={"client": facts["client"]}, content=content)
+        return Frame(kind="reply", facts={name: facts[name] for name in ECHOED}, content=content)
 
     def _leave(self, frame: Frame, partition: int | None) -> Frame:
         self._held = self._site = None
@@ -274,9 +273,10 @@ class Host:
         return self._held[1]
 
     def own(self, values: dict[str, Any]) -> dict[str, Any]:
-        """A recipe with the site's own keys in the place of the coordinator's."""
+        """A recipe with the site's own keys in the place of the coordinator's; a section that is none is left to be refused."""
         sections = {"model": self.model, "data": self.data}
-        return {**values, **{name: {**values.get(name, {}), **own} for name, own in sections.items()}}
+        asked = {name: values.get(name) or {} for name in sections}
+        return {**values, **{name: {**asked[name], **own} for name, own in sections.items() if isinstance(asked[name], dict)}}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from fedgraft.report.settings import RecordSettings
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.settings import Section
 from fedgraft.training.settings import TrainingSettings
+from fedgraft.transforms.attack import AttackSettings, NoAttack, check_attack
 from fedgraft.transforms.compression import CompressionSettings, NoCompression, check_compression
 from fedgraft.transforms.secure_aggregation.settings import NoSecureAggregation, SecureAggregationSettings, check_secure_aggregation
 from fedgraft.yaml_text import read_value, read_yaml
@@ -57,6 +58,7 @@ class Recipe(Section):
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
     compression: CompressionSettings = NoCompression()
+    attack: AttackSettings = NoAttack()
     secure_aggregation: SecureAggregationSettings = NoSecureAggregation()
     evaluation: EvaluationSettings = EvaluationSettings()
     engine: EngineSettings = InProcessSettings()
@@ -90,6 +92,7 @@ class Recipe(Section):
         assert isinstance(method, Method)
         method = self._with_merge(method)
         check_compression(self.compression, method, self.method.name)
+        check_attack(self.attack, method, self.method.name, self.engine.name)
         coding, kept = self.compression.name, self.engine.keep_replies
         check_secure_aggregation(self.secure_aggregation, method, self.method.name, compression=coding, keep_replies=kept)
         for key in ("dropout", "deadline", "join") if method.pooled else ():
@@ -111,7 +114,10 @@ class Recipe(Section):
         return method
 
     def _with_merge(self, method: Method) -> Method:
-        """`federation.merge` in the place of the method's mean."""
+        """`federation.merge` in the place of the method's mean, and whether the method sends what `norm_limit` is about."""
+        unseen = not method.merges_changes or method.personal is everything or self.secure_aggregation.name != "none"
+        if self.federation.norm_limit is not None and unseen:
+            raise ValueError(f"federation.norm_limit: with method {self.method.name!r}, or sums alone, no change is seen; remove it")
         rule = self.federation.merge
         merge = rule.merge(method.merge)
         if merge is method.merge:
@@ -141,8 +147,7 @@ class Recipe(Section):
         }
         if own != {key: getattr(self.evaluation, key) for key in TASKS}:
             parts["evaluation"] = self.evaluation.model_copy(update=own)
-        if self.lora.init:
-            parts["lora"] = self.lora.model_copy(update={"init": _resolved(self.lora.init)})
+        parts |= {"lora": self.lora.model_copy(update={"init": _resolved(self.lora.init)})} if self.lora.init else {}
         if self.model.name != EMBEDDED and Path(self.model.name).expanduser().is_dir():
             parts["model"] = self.model.model_copy(update={"name": _resolved(self.model.name)})
         return self.model_copy(update=parts)

@@ -37,6 +37,7 @@ from fedgraft.report.spending import Spending
 from fedgraft.report.summary import summarise
 from fedgraft.signals import deferred
 from fedgraft.training.client import Report
+from fedgraft.transforms.attack import honest
 from fedgraft.transforms.compression import restored, summary_lines, widening
 from fedgraft.transforms.secure_aggregation.coordinator import SecureRounds
 from fedgraft.transforms.secure_aggregation.settings import secure_due
@@ -92,7 +93,7 @@ class Session:
         work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype)
         self.account = take_account(anatomy, self.method, recipe.lora, recipe.graft, work)
         self.shapes = shared_shapes(anatomy, self.method, recipe.lora, recipe.graft)
-        self.due = secure_due(recipe.secure_aggregation, due_replies(self.method))
+        self.due = secure_due(recipe.secure_aggregation, due_replies(self.method, recipe.federation.norm_limit))
         self.engine = self.reach.engine()
         self.progress.step("model")
         federation, asked = recipe.federation, recipe.federation.clients_of(len(self.reach.sites))
@@ -276,9 +277,10 @@ class Session:
     def _evaluate(self) -> None:
         """Measure every client's models, then write results and digests."""
         settings, reach = self.recipe.evaluation, self.reach
-        self._begin("evaluation", replies(len(reach.clients), len(reach.unseen), settings))
+        clients = honest(self.recipe.attack, reach.clients, self.recipe.seed)
+        self._begin("evaluation", replies(len(clients), len(reach.unseen), settings))
         asked = self.engine.asked
-        results = gather(self.method, self.server, self._ask, reach.clients, reach.unseen, settings)
+        results = gather(self.method, self.server, self._ask, clients, reach.unseen, settings)
         self.engine.asked = asked  # evaluation leaves no trace in memories, so it can be repeated
         store = self.engine.store
         digests = {name: store.load(name, asked).digest() for name in self.reach.sites} if store is not None else {}

@@ -45,6 +45,19 @@ WRONG = {
     "NaN": (reply(layers_0_attention_q_A=torch.full((2, 3), math.nan)), f"leaf '{A}' of 'shared' holds numbers that are not finite"),
     "infinite": (reply(layers_0_attention_q_A=torch.full((2, 3), -math.inf)), f"leaf '{A}' of 'shared' holds numbers that are not finite"),
     "kind": (reply(layers_0_attention_q_A=torch.ones(2, 3, dtype=torch.long)), f"leaf '{A}' of 'shared' holds numbers that are not finite"),
+    "eight bits": (
+        reply(layers_0_attention_q_A=torch.ones(2, 3, dtype=torch.float8_e4m3fn)),
+        f"leaf '{A}' of 'shared' holds numbers that are not finite",
+    ),
+    "experts": (reply(facts={"examples": 3, "experts": [[1], ["x"]]}), "its 'experts' is not what it should be ((1, 0): "),
+    "no choice": (reply(facts={"examples": 3, "experts": [[]]}), "its 'experts' is not what it should be ((0,): "),
+    "errors": (reply(facts={"examples": 3, "errors": "many"}), "its 'errors' is not what it should be ((): "),
+    "figures": (
+        reply(facts={"examples": 3, "models": {"personal": {"loss": "3"}}}),
+        "its 'models' is not what it should be (('personal', 'loss'",
+    ),
+    "interval": (reply(facts={"examples": 3, "models": {"x": {"interval": {"loss": [1.0]}}}}), "its 'models' is not what it should be ("),
+    "unseen": (reply(facts={"examples": 3, "unseen": {"10": [1]}}), "its 'unseen' is not what it should be (('10',): "),
     "no examples": (reply(facts={"loss": 0.5}), "it does not tell 'examples'"),
     "none": (reply(facts={"examples": 0}), "its 'examples' is 0"),
     "text": (reply(facts={"examples": "many"}), "its 'examples' is 'many'"),
@@ -66,3 +79,19 @@ def test_what_is_right_passes():
     assert heard(reply(facts={"examples": 1, "loss": -2.5})) == ""
     assert heard(reply(control={A: torch.ones(1)}), Due(leaves=any_leaves)) == ""
     assert "'models'" in heard(Bundle(), Due(facts=("models",)), sound=Bundle(facts={"models": {}}))
+
+
+def test_a_change_beyond_the_limit_is_lost_with_its_norm():
+    """Six ones in A and six in B: the norm of the change is the square root of 12 = 3.464."""
+    assert heard(reply(), Due(leaves=as_packed, facts=("examples",), longest=3.465)) == ""
+    said = heard(
+        reply(),
+        Due(leaves=as_packed, facts=("examples",), longest=3.464),
+        reply(**{key.replace(".", "_"): PACKED.tree("shared")[key] for key in (A, B)}),
+    )
+    assert said == f"{BEGIN}its change has the norm 3.464, federation.norm_limit is 3.464"
+
+
+def test_a_change_beyond_any_number_is_no_bug():
+    enormous = torch.full((2, 3), torch.finfo(torch.float32).max)
+    assert "its change has the norm 8.335e+38" in heard(reply(layers_0_attention_q_A=enormous), Due(leaves=as_packed, longest=10.0))

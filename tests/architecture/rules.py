@@ -45,6 +45,13 @@ OWNERS = {
 TYPES_ONLY = {"flwr": {"deployment"}, "transformers": {"data", "evaluation", "account"}}
 UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}
+# Parsers raise more than ValueError; these modules see to that for all others.
+PARSERS = {
+    "json.loads": {"fedgraft.files", "fedgraft.data.example"},
+    "json.load": set(),
+    "yaml.load": {"fedgraft.yaml_text"},
+    "yaml.safe_load": {"fedgraft.yaml_text"},
+}
 PLUGIN_FOLDERS = (
     "fedgraft.methods",
     "fedgraft.moe.families",
@@ -174,6 +181,13 @@ def no_pickle(module: str, source: str) -> list[str]:
     return found
 
 
+def named_errors(module: str, source: str) -> list[str]:
+    """JSON and YAML are parsed where every error of a parser becomes a ValueError: files.parse_json, yaml_text, data/example.py."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+    found = [f"{node.lineno}: {ast.unparse(node)}" for node in calls if module not in PARSERS.get(ast.unparse(node), {module})]
+    return found + [f"{item.line}: {item.name}" for item in imports(module, source) if module not in PARSERS.get(item.name, {module})]
+
+
 def file_length(module: str, source: str) -> list[str]:
     """A file has at most FILE_LINES lines, a plug-in fewer than PLUGIN_LINES."""
     lines = len(source.splitlines())
@@ -265,6 +279,7 @@ RULES = (
     lazy_entry,
     owned_imports,
     no_pickle,
+    named_errors,
     file_length,
     function_length,
     name_chains,

@@ -57,6 +57,10 @@ BAD = [
     (rules.owned_imports, "fedgraft.training.fit", "from transformers.models import auto"),
     (rules.owned_imports, "fedgraft.data.batches", "def f():\n    import transformers"),
     (rules.owned_imports, "fedgraft.training.fit", "if TYPE_CHECKING:\n    import transformers"),
+    (rules.named_errors, "fedgraft.report.tail", "import json\njson.loads('1')"),
+    (rules.named_errors, "fedgraft.report.tail", "import json\nlist(map(json.loads, []))"),
+    (rules.named_errors, "fedgraft.files", "from json import load"),
+    (rules.named_errors, "fedgraft.recipe", "import yaml\nyaml.safe_load('1')"),
     (rules.no_pickle, "fedgraft.files", "import pickle"),
     (rules.no_pickle, "fedgraft.files", "def f():\n    from joblib import dump"),
     (rules.no_pickle, "fedgraft.files", "import torch\ntorch.load('x', weights_only=True)"),
@@ -93,6 +97,7 @@ def test_rule_rejects(rule, module, source):
 
 
 GOOD = [
+    (rules.named_errors, "fedgraft.files", "import json\njson.loads(json.dumps(1))"),
     (rules.layer_order, "fedgraft.methods.flex", "from fedgraft.training.fit import fit\nfrom fedgraft import bundle"),
     (rules.layer_order, "fedgraft.grafts.lora", "from fedgraft.moe.family import Family\nfrom .graft import Graft"),
     (rules.layer_order, "fedgraft.cli", "from fedgraft import __version__\nfrom fedgraft.runner import run"),

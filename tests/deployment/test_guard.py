@@ -101,6 +101,7 @@ def test_a_card_and_a_reply_leave_and_are_logged(opened, values, shared):
         ({}, {"method": {"name": "centralised"}}, {}, "method"),
         ({"rounds": 2}, {}, {}, "policy.rounds"),
         ({"privacy": {"clip": 1.0}}, {}, {}, "policy.privacy.clip"),
+        ({}, {"evaluation": {"lm_eval": ["tasks/own.yaml"]}}, {}, "evaluation.lm_eval"),
         ({"questions": ["evaluate"]}, {}, {}, "policy.questions"),
         ({}, {}, {"question": "rows"}, "policy.questions"),
         ({}, {}, {"client": "harbour"}, "name"),

@@ -68,7 +68,7 @@ def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
     run = Watched(begin(tmp_path / "run", line(0, ada=3.0)))
     run.look()
     parsed = []
-    monkeypatch.setattr("fedgraft.report.tail.json.loads", lambda text: parsed.append(text) or json.JSONDecoder().decode(text.decode()))
+    monkeypatch.setattr("fedgraft.report.tail.parse_json", lambda text: parsed.append(text) or json.JSONDecoder().decode(text.decode()))
     run.look()
     assert [text for text in parsed if text] == []
     with (tmp_path / "run" / "rounds.jsonl").open("ab") as rounds:

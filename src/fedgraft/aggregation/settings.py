@@ -22,6 +22,8 @@ class FederationSettings(Section):
     cuts the share `trim` of the clients from each end of every number; `krum` takes the update nearest to its neighbours and
     `multi_krum` the mean of the `keep` best (empty: all but `faulty` + 2), with `faulty` clients to withstand; `norm_bounded` scales
     longer updates down to `bound`."""
+    norm_limit: float | None = Field(default=None, gt=0)
+    """Largest Euclidean norm of a client's change of all shared leaves; a reply with a longer one is lost by name (empty: any)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability that a sampled client cannot be reached in a round; it isn't asked and doesn't train."""
     deadline: float | None = Field(default=None, gt=0)

@@ -13,6 +13,8 @@ from typing import Any
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".jsonl", ".jsonl.gz")
+LINE_BYTES = 1 << 24
+"""Longest line that is read, compressed or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,12 @@ def hashed_split(text: str) -> str:
 def _lines(path: Path) -> Iterator[bytes]:
     try:
         with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as source:
-            yield from source
+            number = 0
+            while line := source.readline(LINE_BYTES + 1):
+                number += 1
+                if len(line) > LINE_BYTES:
+                    raise ValueError(f"{path}, line {number}: longer than {LINE_BYTES:,} bytes; write one row per line")
+                yield line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: broken gzip file ({error}); write it again") from error
     except OSError as error:
@@ -121,6 +128,8 @@ def _parse(text: str, place: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         hint = "this looks like one JSON array: " if text.lstrip().startswith("[") else ""
         raise ValueError(f"{place}: broken JSON ({error.msg} at column {error.colno}); {hint}write one JSON object per line") from error
+    except (ValueError, RecursionError):  # more digits than Python turns into a number, or more brackets than it follows
+        raise ValueError(f"{place}: a number or a nesting that is too long to be read; a row is texts by name") from None
     if not isinstance(row, dict):
         raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}; write one JSON object per line")
     return row

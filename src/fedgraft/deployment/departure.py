@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -76,7 +75,7 @@ def home_of(policy: Path) -> Path:
 def departed(home: Path, connection: Connection) -> bool:
     """Whether the site has left with the key that it has."""
     with suppress(FileNotFoundError):
-        return connection.key is not None and json.loads((home / LEFT).read_bytes())["key"] == _key(connection)
+        return connection.key is not None and files.parse_json((home / LEFT).read_bytes())["key"] == _key(connection)
     return False
 
 

@@ -8,7 +8,6 @@ nothing else, so it can be all that a container with the SuperNode sees of the s
 from __future__ import annotations
 
 import hmac
-import json
 import os
 import secrets
 import socket
@@ -158,7 +157,7 @@ def _announce(folder: Path, **place: int) -> None:
 def _notice(folder: Path) -> dict[str, Any]:
     """Who listens here by its own word, which a killed worker leaves behind; {} when nobody has."""
     try:
-        notice = json.loads((folder / NOTICE).read_bytes())
+        notice = files.parse_json((folder / NOTICE).read_bytes())
     except (OSError, ValueError):
         return {}
     return notice if isinstance(notice, dict) else {}

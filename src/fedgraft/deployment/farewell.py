@@ -50,7 +50,7 @@ class Farewell:
         if not body:
             return 200, self._challenge(time.time())
         try:
-            values = json.loads(body)
+            values = files.parse_json(body)
             site, challenge, signature = str(values["site"]), str(values["challenge"]), bytes.fromhex(values["signature"])
         except (ValueError, KeyError, TypeError):
             return 400, "this is no statement of a site that leaves; use the fedgraft version of the coordinator"
@@ -79,7 +79,7 @@ class Farewell:
     def _departed(self, site: str) -> list[bytes]:
         """The keys with which a site of this name has left."""
         notes = (self.federation.folder / "removed").glob(f"{site}-*.left.json")
-        return [str(json.loads(note.read_bytes())["key"]).encode() for note in notes]
+        return [str(files.parse_json(note.read_bytes())["key"]).encode() for note in notes]
 
     def _challenge(self, now: float) -> str:
         head = f"{int(now)}.{secrets.token_hex(16)}"

@@ -211,7 +211,7 @@ def renew(federation: Federation, hosts: Sequence[str]) -> Federation:
 def running(federation: Federation) -> psutil.Process | None:
     """The coordinator's process, None when none runs here."""
     try:
-        stand: dict[str, Any] = json.loads((federation.folder / STAND).read_bytes())
+        stand: dict[str, Any] = files.parse_json((federation.folder / STAND).read_bytes())
         process = psutil.Process(int(stand["process"]))
         return process if process.create_time() == stand["since"] and runs(process) else None
     except (OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):

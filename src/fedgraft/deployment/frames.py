@@ -11,6 +11,8 @@ import socket
 import struct
 from typing import Any
 
+from fedgraft.files import parse_json
+
 MAGIC = b"fgw1"
 PREFIX = struct.Struct(">4sIQ")
 """`MAGIC`, length of the header, length of the body."""
@@ -53,7 +55,7 @@ def receive_header(connection: socket.socket, wait: float | None = STALL) -> tup
     if length > HEADER_BYTES:
         raise ValueError(f"a header of {length} bytes, at most {HEADER_BYTES} are read")
     try:
-        header = json.loads(_exactly(connection, length))
+        header = parse_json(_exactly(connection, length))
     except ValueError:
         raise ValueError("a frame whose header is not JSON") from None
     if not isinstance(header, dict):

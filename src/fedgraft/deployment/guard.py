@@ -21,7 +21,7 @@ from fedgraft.deployment.place import Place
 from fedgraft.deployment.policy import PERSONAL, Refusal
 from fedgraft.deployment.site_log import SiteLog, told
 from fedgraft.deployment.site_settings import SiteSettings
-from fedgraft.engine.wire import Frame
+from fedgraft.engine.wire import ECHOED, Frame
 from fedgraft.hosting import Holdings, Host
 from fedgraft.methods.method import settled
 from fedgraft.recipe import Recipe, check_values
@@ -129,6 +129,7 @@ class Guard:
         """What can be decided by the recipe alone, before a row is read."""
         recipe = check_values(self.host.own(asked.recipe), "the coordinator's recipe")
         policy.check_run(self.settings.policy, recipe.method.name, recipe.build_method(), recipe.federation.rounds)
+        policy.check_tasks(recipe.evaluation.lm_eval)
         policy.check_masks(self.settings.policy, recipe.secure_aggregation.name != "none")
         if asked.frame.kind == "ask":
             policy.check_question(self.settings.policy, asked.question, asked.fingerprint, self.log.spent(asked.run))
@@ -175,7 +176,7 @@ class Guard:
         if response.kind == "card":
             return Outline(trees={}, facts=response.facts["card"])
         found = Bundle.outline(response.content, "the reply")
-        beside = {name: fact for name, fact in response.facts.items() if name != "client"}
+        beside = {name: fact for name, fact in response.facts.items() if name not in ECHOED}
         content = Outline(trees=found.trees, facts={**found.facts, **beside})
         key = (holdings, asked.clients)
         if self._personal is None or self._personal[0] != key:

@@ -5,6 +5,7 @@ Each check raises `Refusal`, whose text names the key of `site.yaml` that refuse
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -52,6 +53,18 @@ def check_run(policy: PolicySettings, name: str, method: Method, rounds: int) ->
     for key, wanted in (("clip", policy.privacy.clip), ("noise", policy.privacy.noise)):
         if wanted is not None:
             raise Refusal(f"policy.privacy.{key}", f"this site demands {key} {wanted:g}, and this fedgraft has no differential privacy")
+
+
+def check_tasks(lm_eval: Sequence[str]) -> None:
+    """A coordinator has no code run here: a task of lm-eval can name Python beside its file, or in a dataset.
+
+    Raises:
+        Refusal: the recipe asks for such tasks.
+    """
+    if lm_eval:
+        raise Refusal(
+            "evaluation.lm_eval", f"tasks of lm-eval ({lm_eval[0]!r}, ...) can run code, so no site asks them; use evaluation.tasks"
+        )
 
 
 def check_masks(policy: PolicySettings, masked: bool) -> None:

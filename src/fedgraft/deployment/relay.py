@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedgraft import files
 from fedgraft.report.progress import Progress
 
 EVENTS = frozenset({"begin", "part", "step", "warn", "tell"})
@@ -78,4 +79,4 @@ class Onlooker:
             complete = source.read().rpartition(b"\n")[0]
         if complete:
             self.position += len(complete) + 1
-            yield from map(json.loads, complete.split(b"\n"))
+            yield from map(files.parse_json, complete.split(b"\n"))

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from fedgraft.data.example import SPLITS
+from fedgraft.data.partition import SAFE_NAME
+
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
@@ -31,14 +36,24 @@ class Card:
         return {**asdict(self), "base_notes": list(self.base_notes)}
 
     @staticmethod
-    def of(facts: dict[str, Any]) -> Card:
+    def of(facts: Any) -> Card:
         """The inverse of `as_facts`; keys of a newer version are left out.
 
         Raises:
-            ValueError: a key is missing.
+            ValueError: a key is missing or of another type, or the name cannot be a folder's.
         """
-        known = {name: facts[name] for name in Card.__dataclass_fields__ if name in facts}
+        known = {name: facts[name] for name in Card.__dataclass_fields__ if name in facts} if isinstance(facts, dict) else {}
         try:
-            return Card(**{**known, "base_notes": tuple(known.get("base_notes", ()))})
-        except TypeError as error:
-            raise ValueError(f"a client's card is not one ({error}); the versions of fedgraft differ too much") from None
+            card = CARD.validate_python(known)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            why = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            raise ValueError(f"a client's card is not one ({why}); the versions of fedgraft differ too much") from None
+        if not SAFE_NAME.fullmatch(card.name):
+            raise ValueError(f"a client's card is not one: the name {card.name[:100]!r} cannot be that of a folder")
+        if card.rows.keys() != set(SPLITS) or min([*card.rows.values(), *card.categories.values()]) < 0:
+            raise ValueError(f"a client's card is not one: its rows are not numbers for {', '.join(SPLITS)}")
+        return card
+
+
+CARD = TypeAdapter(Card)

@@ -17,7 +17,7 @@ from fedgraft.aggregation.server import Reply
 from fedgraft.bundle import Bundle
 from fedgraft.engine.card import Card
 from fedgraft.engine.engine import Listener, Traffic
-from fedgraft.engine.wire import Frame
+from fedgraft.engine.wire import ECHOED, Frame
 from fedgraft.training.client import MemoryStore
 
 if TYPE_CHECKING:
@@ -133,14 +133,15 @@ class GridEngine:
                 self.listener.lost(client, f"client {client!r}: its node {node} is not connected")
         until = None if self.deadline_seconds is None else time.monotonic() + self.deadline_seconds
         for client, number in sent.items():
-            if (reply := self._reply(client, number, until)) is not None:
+            if (reply := self._reply({**facts, "client": client}, number, until)) is not None:
                 yield reply
 
     def close(self) -> None:
         """Sites keep what they hold until another run comes, so that this one can be resumed at once."""
 
-    def _reply(self, client: str, number: str, until: float | None) -> Reply | None:
+    def _reply(self, asked: Mapping[str, Any], number: str, until: float | None) -> Reply | None:
         """The client's reply once it has come; None, and the listener knows why, if there is none to be used."""
+        client = str(asked["client"])
         message = self._pull(client, number, until)
         if not self.admitted(client):
             return None
@@ -150,9 +151,11 @@ class GridEngine:
         try:
             frame = _frame(message, f"the reply of client {client!r}")
             if frame.kind == "failed":
-                self.listener.failed(client, str(frame.facts["reason"]))
+                self.listener.failed(client, frame.reason)
                 return None
             _expect(frame, "reply", client)
+            if [frame.facts.get(name) for name in ECHOED] != [{"run": self.run, **asked}[name] for name in ECHOED]:
+                raise ValueError(f"client {client!r}: a reply to another request than this one; an old one may have been sent again")
             bundle = Bundle.decode(frame.content, f"the reply of client {client!r}")
         except ValueError as error:
             self.listener.lost(client, str(error))
@@ -193,7 +196,7 @@ class GridEngine:
                 try:
                     frame = _frame(message, f"node {node}")
                     _expect(frame, "card", "")
-                    self._meet(node, Card.of(frame.facts["card"]), online)
+                    self._meet(node, Card.of(frame.facts.get("card")), online)
                 except _TwiceError:
                     raise
                 except ValueError as error:
@@ -255,13 +258,13 @@ def _frame(message: Message, source: str) -> Frame:
         ValueError: an error of Flower's in its place, or it is damaged; names `source`.
     """
     if message.has_error():
-        reason = (message.error.reason or "no reason given").strip().splitlines()[-1]
+        reason = ((message.error.reason or "").strip() or "no reason given").splitlines()[-1]
         raise ValueError(f"{source}: Flower reports error {message.error.code} ({reason}); the site's log says more")
     return Frame.of_records(message.content, source)
 
 
 def _expect(frame: Frame, kind: str, client: str) -> None:
     if frame.kind == "refused":
-        raise ValueError(f"{f'client {client!r}: ' if client else ''}{frame.facts['reason']}")
+        raise ValueError(f"{f'client {client!r}: ' if client else ''}{frame.reason}")
     if frame.kind != kind or frame.facts.get("client", "") != client:
         raise ValueError(f"{f'client {client!r}: ' if client else ''}a response of another kind than asked for ({frame.kind!r})")

@@ -13,12 +13,19 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fedgraft.files import parse_json
+
 if TYPE_CHECKING:
     from flwr.app import RecordDict
 
 SCHEMA = 1
 STYPE = "fedgraft.bundle"
 SIZE = 8
+ECHOED = ("run", "client", "question", "asked")
+"""Facts of a request that its reply repeats, so that one to another request is known as that."""
+MOST_REASON = 2000
+HEAD_BYTES = 1 << 24
+"""Longest head that is parsed; a recipe has some kilobytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,12 @@ class Frame:
     facts: dict[str, Any] = field(default_factory=dict)
     content: bytes = b""
     """An encoded bundle, or nothing."""
+
+    @property
+    def reason(self) -> str:
+        """Why there is no answer, fit to be shown: the other side's word, so it may hold anything."""
+        told = str(self.facts.get("reason") or "no reason given")[:MOST_REASON]
+        return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in told)
 
     def encode(self) -> bytes:
         """Length of the head, head, content."""
@@ -76,12 +89,14 @@ class Frame:
     @staticmethod
     def _of(head: bytes, content: bytes, source: str) -> Frame:
         try:
-            outer = json.loads(head)
-            inner = json.loads(outer["head"])
+            if len(head) > HEAD_BYTES:
+                raise ValueError(f"a head of {len(head)} bytes, at most {HEAD_BYTES} are read")
+            outer = parse_json(head)
+            inner = parse_json(outer["head"])
             if outer["sum"] != _sum(outer["head"]) or inner["bytes"] != len(content):
                 raise ValueError("its checksum or length does not fit")
-            schema, kind, facts = int(inner["schema"]), str(inner["kind"]), dict(inner["facts"])
-        except (ValueError, KeyError, TypeError) as error:
+            schema, kind, facts = int(inner["schema"]), str(inner["kind"]), {**inner["facts"]}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{source}: damaged or not written by fedgraft ({type(error).__name__}: {error})") from error
         if schema > SCHEMA:
             raise ValueError(f"{source}: written by a newer fedgraft (schema {schema}, this one reads up to {SCHEMA}); upgrade fedgraft")

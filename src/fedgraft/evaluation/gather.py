@@ -42,11 +42,16 @@ def site_questions(method: Method, settings: EvaluationSettings, folder: Path, l
     return {name: without_test_rows(question) for name, question in (questions(method) | measuring).items()}
 
 
-def due_replies(method: Method) -> Mapping[str, Due]:
-    """What the reply to each question must hold; one to any other question holds no leaves."""
+def due_replies(method: Method, longest: float | None = None) -> Mapping[str, Due]:
+    """What the reply to each question must hold; one to any other question holds no leaves.
+
+    Args:
+        method: settled for the run.
+        longest: `federation.norm_limit`.
+    """
     return {
         "graft": Due(leaves=method.grown),
-        "train": Due(leaves=method.sent, facts=("examples",)),
+        "train": Due(leaves=method.sent, facts=("examples",), longest=longest),
         "evaluate": Due(facts=("models",)),
         "evaluate_unseen": Due(facts=("unseen",)),
         "lend": Due(leaves=any_leaves),
@@ -86,7 +91,7 @@ def gather(
     told = answers("evaluate", clients)
     found: dict[str, Any] = {"split": settings.split, "clients": {name: reply.facts["models"] for name, reply in told.items()}}
     if settings.experts:
-        found["experts"] = {name: reply.facts["expert_figures"] for name, reply in told.items()}
+        found["experts"] = {name: reply.facts["expert_figures"] for name, reply in told.items() if "expert_figures" in reply.facts}
     if new := clients if settings.unseen.clients == "all" else unseen:
         found["unseen"] = {name: reply.facts["unseen"] for name, reply in answers("evaluate_unseen", new).items()}
     if settings.cross:

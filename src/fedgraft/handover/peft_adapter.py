@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ def base_of(config: Path) -> str:
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        settings = dict(json.loads(files.read_text(path)))
+        settings = dict(files.parse_json(files.read_text(path)))
     except (ValueError, TypeError) as error:
         raise ValueError(f"lora.init: {path}: damaged ({error}); copy it again") from None
     refused = (

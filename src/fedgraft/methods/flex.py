@@ -25,8 +25,7 @@ def build(shared_graft: bool = False, private_router: bool = False, frozen_share
         shared_graft: beside its own, every client carries one further grafted expert per layer, the same for all, sent and averaged. It
             starts from the expert that is the first choice of most clients (ties to the lowest).
         private_router: the router's rows are trained and stay on the client; `lora.targets` must name `router`.
-        frozen_shared: the shared leaves stay as the run begins with them (`lora.init`) and nothing is sent: graft and gate alone are
-            trained, as by a site that joins a federation which has finished.
+        frozen_shared: the shared leaves stay as they begin (`lora.init`), nothing is sent, and graft and gate alone are trained.
     """
     if shared_graft and frozen_shared:
         raise ValueError("method.frozen_shared: a shared graft is trained by all clients, so it can't be frozen; leave one of them out")
@@ -69,8 +68,7 @@ def train_own(method: Method, client: Client, package: Bundle) -> Bundle:
 
 def hear(method: Method, server: Server, replies: Iterator[Reply]) -> None:
     """Nothing is merged."""
-    for _ in replies:
-        pass
+    list(replies)  # they are pulled one by one
 
 
 def open_common(method: Method, server: Server, ask: Ask) -> None:
@@ -79,13 +77,15 @@ def open_common(method: Method, server: Server, ask: Ask) -> None:
 
     def listening(question: str, packages: dict[str, Bundle]) -> Any:
         for reply in ask(question, packages):
-            choices[reply.client] = reply.bundle.facts["experts"]
+            if "experts" in reply.bundle.facts:
+                choices[reply.client] = reply.bundle.facts["experts"]
             yield reply
 
     open_run(method, server, listening)
     if not choices:
         raise ValueError("method.shared_graft: no client has answered, so there is no expert to begin with; start again when one is there")
-    common = elect(list(choices.values()))
+    depth, _ = Counter(map(len, choices.values())).most_common(1)[0]  # a client that tells of other layers than the others has no vote
+    common = elect([choice for choice in choices.values() if len(choice) == depth])
     for client in choices:
         for reply in ask("graft", {client: server.package(common=common)}):
             shared = {**server.state.tree("shared"), **reply.bundle.tree("shared")}

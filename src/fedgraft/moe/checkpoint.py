@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from fedgraft import files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = frozenset(
@@ -94,8 +95,8 @@ def _shards(folder: Path, names: set[str]) -> dict[Path, set[str]]:
         raise ValueError(f"{folder}: {_no_weights(names)}")
     expected: dict[str, set[str]] = defaultdict(set)
     try:
-        for tensor, shard in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].items():
-            expected[shard].add(tensor)
+        for tensor, shard in files.parse_json((folder / INDEX).read_bytes())["weight_map"].items():
+            expected[str(shard)].add(tensor)
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{folder / INDEX}: not a safetensors index; copy it again") from None
     missing = sorted(expected.keys() - names)

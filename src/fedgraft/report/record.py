@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import statistics
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from fedgraft import files
+from fedgraft.yaml_text import read_written
 
 SCHEMA = 1
 SWEEP = "sweep.json"
@@ -134,9 +134,9 @@ def read_document(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        document = json.loads(path.read_bytes())
+        document = files.parse_json(path.read_bytes())
         schema = int(document.get("schema", 0))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, OverflowError) as error:
         raise _damaged(path, error) from None
     _check_schema(path, schema)
     return dict(document)
@@ -149,9 +149,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         ValueError: damaged, or a newer schema; names the file.
     """
     try:
-        values = dict(yaml.safe_load(files.read_text(path)))
+        values = dict(read_written(files.read_text(path)))
         schema = int(values.pop("schema"))
-    except (yaml.YAMLError, TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise _damaged(path, error) from None
     _check_schema(path, schema)
     return values

@@ -6,12 +6,12 @@ and the process named there; the lock is not tried, since whoever tries it holds
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedgraft import files
 from fedgraft.report.now import FILE
 from fedgraft.report.record import SWEEP, Record, read_document, read_recipe
 from fedgraft.report.table import run_tables
@@ -118,10 +118,10 @@ class Watched:
     def _read_note(self) -> dict[str, Any]:
         path = self.folder / FILE
         try:
-            self._note = dict(json.loads(path.read_bytes()))
+            self._note = dict(files.parse_json(path.read_bytes()))
         except FileNotFoundError:
             self._note = {}
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             pass  # met half of it; the last one will do
         return self._note
 

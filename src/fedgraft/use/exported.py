@@ -30,11 +30,11 @@ class ExportSource:
         try:
             self.first, self.base_digest = str(document["name"]), str(document["base_digest"])
             self._about, recipe = dict(document["about"]), dict(document["recipe"])
+            self.has_shared = self.first == SHARED
+            self.clients = {} if self.has_shared else {self.first: str(self._about["client"])}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / ABOUT}: damaged ({error}); export the model again") from None
         self.recipe = own_recipe(recipe, overrides)
-        self.has_shared = self.first == SHARED
-        self.clients = {} if self.has_shared else {self.first: str(self._about["client"])}
 
     def prediction(self, name: str, model: GraftedModel) -> Prediction:
         """The leaves of the folder."""

@@ -39,9 +39,9 @@ class RunSource:
             raise ValueError(f"{folder}: the run has no finished step yet, so there is nothing to use; wait until it has")
         self._stamp = self._stamped()
         self.state = Bundle.load(self._state)
-        done, asked = self.state.facts["round"], self.state.facts["asked"]
-        assert isinstance(done, int)
-        assert isinstance(asked, int)
+        done, asked = self.state.facts.get("round"), self.state.facts.get("asked")
+        if not isinstance(done, int) or not isinstance(asked, int):
+            raise ValueError(f"{self._state}: damaged (it is not the state of a run); restore it from a copy")
         self.round, self._asked = done, asked
         self.method = self.recipe.build_method()
         counts: dict[str, dict[str, int]] = record.environment["clients"]

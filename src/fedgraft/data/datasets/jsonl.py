@@ -78,7 +78,7 @@ def _example(row: dict[str, Any], place: str, named: str | None, category: str) 
     parts = next((build for field, build in BUILDERS.items() if field in row), _unknown)(row, place)
     instruction, context, response, turns = parts
     example = Example(
-        id=str(row["id"]) if row.get("id") is not None else f"{category}-{place.rsplit(' ', 1)[1]}",
+        id=_id(row, place) or f"{category}-{place.rsplit(' ', 1)[1]}",
         category=text_of(row, ["category"], place, required=False) or category,
         instruction=instruction,
         context=context,
@@ -89,6 +89,11 @@ def _example(row: dict[str, Any], place: str, named: str | None, category: str) 
     )
     prompt = "\x1f".join([*(content for _, content in turns), instruction, context])
     return _split_of(row, place) or named or hashed_split(prompt), example
+
+
+def _id(row: dict[str, Any], place: str) -> str:
+    given = row.get("id")
+    return str(given) if isinstance(given, int | float) else text_of(row, ["id"], place, required=False)
 
 
 def _split_of(row: dict[str, Any], place: str) -> str | None:

@@ -7,7 +7,6 @@ masks cancel like the old ones, so the sum does not depend on them.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -172,7 +171,7 @@ class ClientHalf:
 
     def _read(self, client: Client) -> dict[str, Any]:
         path = self._path(client)
-        return dict(json.loads(files.read_text(path))) if path.exists() else {}
+        return dict(files.parse_json(files.read_text(path))) if path.exists() else {}
 
     def _held(self, client: Client, stage: str, package: Bundle) -> dict[str, Any]:
         """The secrets, if the last question of this round was `stage`."""

@@ -12,6 +12,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedgraft.files import parse_json
+
 SCALAR = 48  # bytes of a private key of Flower's curve, SECP384R1
 
 
@@ -82,7 +84,7 @@ def unseal(key: bytes, sealed: str) -> dict[str, Any]:
     from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt
 
     try:
-        return dict(json.loads(decrypt(base64.urlsafe_b64encode(key), sealed.encode())))
+        return dict(parse_json(decrypt(base64.urlsafe_b64encode(key), sealed.encode())))
     except InvalidToken:
         raise ValueError("a sealed share cannot be opened; it was sealed for another key, or changed on the way") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -111,7 +110,7 @@ def _write_custom(base: Base, grafts: Mapping[int, list[Gated]], folder: Path) -
     kind = f"grafted_{config.model_type}"
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    written = json.loads(files.read_text(folder / "config.json"))
+    written = files.parse_json(files.read_text(folder / "config.json"))
     written |= {"model_type": kind, "architectures": ["GraftedForCausalLM"], "grafts": shape, "dtype": str(model.dtype).partition(".")[2]}
     name = CODE.removesuffix(".py")
     written["auto_map"] = {"AutoConfig": f"{name}.GraftedConfig", "AutoModelForCausalLM": f"{name}.GraftedForCausalLM"}
