@@ -12,7 +12,6 @@ import torch
 
 from fedgraft import __version__
 from fedgraft.address import place_of
-from fedgraft.aggregation.server import Server
 from fedgraft.bundle import Bundle
 from fedgraft.data.partition import SAFE_NAME, ClientData, check_rows, data_digest, load_clients, pooled, split_rows, training_counts
 from fedgraft.engine.card import Card
@@ -21,6 +20,7 @@ from fedgraft.engine.wire import ECHOED, Frame
 from fedgraft.evaluation.gather import site_questions
 from fedgraft.evaluation.unseen import held_out
 from fedgraft.grafts.graft import GraftedModel
+from fedgraft.handover.start import start_of
 from fedgraft.methods.method import Method, settled
 from fedgraft.moe.load import Base, load_base
 from fedgraft.moe.memory import means_out_of_memory
@@ -37,29 +37,6 @@ from fedgraft.tree import Tree
 def training_of(recipe: Recipe, method: Method, clients: int) -> TrainingSettings:
     """How a site trains in a run of so many clients."""
     return recipe.training.for_pool(recipe.federation.clients_of(clients)) if method.pooled else recipe.training
-
-
-def server_of(
-    recipe: Recipe, training: TrainingSettings, sites: list[str], fresh_shared: Callable[[], Tree], seed: int | None = None
-) -> Server:
-    """The coordinator's side of a run, still without a state.
-
-    Args:
-        recipe: the run.
-        training: how its sites train.
-        sites: names of who trains.
-        fresh_shared: makes new leaves of everything in `lora.targets`.
-        seed: who takes part follows from it; None: the recipe's.
-    """
-    return Server(
-        clients=sites,
-        seed=recipe.seed if seed is None else seed,
-        federation=recipe.federation,
-        lr=recipe.training.lr,
-        lr_min=recipe.training.lr_min,
-        fresh_shared=fresh_shared,
-        steps=lambda number, client: training.steps_of(recipe.seed, number, client),
-    )
 
 
 class Holdings:
@@ -116,13 +93,18 @@ class Holdings:
         return load_base(self.recipe.model)
 
     @cached_property
+    def start(self) -> Tree:
+        """The leaves that `lora.init` names, by `start_of`; empty without."""
+        return start_of(self.recipe.lora, self.base, self.base.digest, self.recipe.seed)
+
+    @cached_property
     def model(self) -> GraftedModel:
         """The base with its places for leaves.
 
         Raises:
             ValueError: a LoRA target does not exist.
         """
-        return GraftedModel(self.base, self.recipe.lora, self.recipe.graft)
+        return GraftedModel(self.base, self.recipe.lora, self.recipe.graft, lambda: self.start)
 
     def site(self, names: Sequence[str], lends: bool = False) -> Site:
         """The client's half of the run.
@@ -270,6 +252,8 @@ class Host:
         if self._held is None or self._held[0] != (run, values):
             self._held = self._site = None  # before the next base is loaded
             recipe = check_values(self.own(values), "the coordinator's recipe")
+            if recipe.lora.init is not None:  # a folder of another machine; here it would be one of the site's
+                raise ValueError("lora.init: a site reads no folder that a coordinator names; install the coordinator's fedgraft version")
             self._held = ((run, values), Holdings(recipe, self.memories(run), discreet=self.discreet))
         return self._held[1]
 

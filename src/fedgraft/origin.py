@@ -15,17 +15,19 @@ from typing import Any
 from fedgraft import __version__
 from fedgraft.engine.card import Card
 from fedgraft.report.record import read_document, write_document
+from fedgraft.tree import Tree, digest
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 
 
-def environment(base: str, cards: Sequence[Card], run: str) -> dict[str, Any]:
+def environment(base: str, cards: Sequence[Card], run: str, start: Tree) -> dict[str, Any]:
     """What the run runs on, and the digests that a resume compares.
 
     Args:
         base: the base model's name.
         cards: of all clients, who hold the same base.
         run: the run's id.
+        start: leaves that it starts from (`lora.init`).
     """
     digests = {card.name: card.data_digest for card in cards}
     return {
@@ -42,6 +44,7 @@ def environment(base: str, cards: Sequence[Card], run: str) -> dict[str, Any]:
         "client_digests": digests,
         "clients": {card.name: card.categories for card in cards},
         "rows": {card.name: card.rows for card in cards},
+        **({"start_digest": digest(start)} if start else {}),
     }
 
 
@@ -87,6 +90,8 @@ def check(folder: Path, now: dict[str, Any]) -> None:
         raise ValueError(
             f"{folder}: the base model {now['base']!r} differs from the one this run began with; restore it, or start a new run"
         )
+    if before.get("start_digest") != now.get("start_digest"):
+        raise ValueError(f"{folder}: the leaves of lora.init differ from those this run began with; restore them, or start a new run")
     known = "client_digests" if "client_digests" in before else "data_digest"
     if before.get(known) != now[known]:
         raise ValueError(f"{folder}: {_changed(before, now)} from those this run began with; restore them, or start a new run")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -13,7 +13,7 @@ from fedgraft.account.take import take_account
 from fedgraft.aggregation.replies import Due, usable
 from fedgraft.bundle import Bundle
 from fedgraft.data.partition import load_clients
-from fedgraft.engine.card import Card
+from fedgraft.engine.card import Card, check_bases
 from fedgraft.engine.engine import Engine, Listener
 from fedgraft.engine.flower import GridEngine, prepare
 from fedgraft.engine.inprocess import InProcess
@@ -21,6 +21,7 @@ from fedgraft.engine.settings import EngineSettings, FlowerSettings, InProcessSe
 from fedgraft.evaluation.unseen import held_out
 from fedgraft.grafts.graft import drawn_adapters
 from fedgraft.grafts.router import router_shapes
+from fedgraft.handover.start import start_of
 from fedgraft.hosting import Holdings, HostHere
 from fedgraft.methods.method import settled
 from fedgraft.moe.family import Anatomy
@@ -28,7 +29,6 @@ from fedgraft.moe.skeleton import skeleton
 from fedgraft.recipe import Recipe
 from fedgraft.training.client import MemoryStore
 from fedgraft.training.cohort import obstacle
-from fedgraft.transforms.guarantee import Guarantee
 from fedgraft.tree import Tree
 
 
@@ -54,6 +54,13 @@ class Reach(Protocol):
 
     def cards(self) -> list[Card]:
         """How each client has introduced itself, unseen ones too."""
+
+    def start(self) -> Tree:
+        """The leaves that `lora.init` names; empty without.
+
+        Raises:
+            ValueError: they cannot be the start of this run.
+        """
 
     def fresh_adapters(self) -> Tree:
         """New leaves of everything in `lora.targets`."""
@@ -89,7 +96,7 @@ class Here:
     def _cohort(self) -> int:
         """How many clients train at once: a function of recipe and base alone, so that a resumed run repeats its bits."""
         holdings = self.holdings
-        recipe, model = holdings.recipe, holdings.model  # so that what cannot work fails now
+        recipe, model, _ = holdings.recipe, holdings.model, holdings.start  # so that what cannot work fails now
         if not isinstance(recipe.engine, InProcessSettings) or recipe.engine.cohort == 1:
             return 1
         if reason := obstacle(model, recipe.training):
@@ -105,6 +112,10 @@ class Here:
     def cards(self) -> list[Card]:
         """How each client would introduce itself, unseen ones too."""
         return [self.holdings.card(name) for name in self.holdings.clients]
+
+    def start(self) -> Tree:
+        """The leaves that `lora.init` names; empty without."""
+        return self.holdings.start
 
     def fresh_adapters(self) -> Tree:
         """New leaves of everything in `lora.targets`."""
@@ -129,7 +140,7 @@ class Afar:
             ValueError: the clients hold different base models, or `evaluation.unseen` does not fit them.
         """
         self.recipe, self._engine, self._done = recipe, engine, done
-        _check_bases(engine.cards)
+        check_bases(engine.cards)
         rows = {card.name: card.rows.get("train", 0) for card in engine.cards}
         self.unseen = held_out(recipe.evaluation.unseen, rows, recipe.build_method(), recipe.seed)
         self.clients = self.sites = [name for name in rows if name not in self.unseen]
@@ -147,11 +158,33 @@ class Afar:
 
     def engine(self) -> GridEngine:
         """The engine it was made with."""
+        _ = self._start
         return self._engine
 
     def cards(self) -> list[Card]:
         """How each client has introduced itself."""
         return self._engine.cards
+
+    def start(self) -> Tree:
+        """The leaves that `lora.init` names; empty without.
+
+        Raises:
+            ValueError: as `start_of`, or the method keeps some of these leaves at the sites, which have no such folder.
+        """
+        return self._start
+
+    @cached_property
+    def _start(self) -> Tree:
+        recipe = self.recipe
+        found = start_of(recipe.lora, self._anatomy, self.cards()[0].base_digest, recipe.seed)
+        method = settled(recipe.build_method(), self._anatomy, recipe.lora, sorted([*self.sites, *self.unseen]))
+        shapes = method.leaves({key: tuple(leaf.shape) for key, leaf in found.items()})
+        if kept := sorted(filter(method.personal, shapes)):
+            raise ValueError(
+                f"lora.init: method {recipe.method.name!r} keeps {kept[0]} at the sites, which never see that folder; "
+                "use another method, or run with engine.name: inprocess"
+            )
+        return found
 
     def fresh_adapters(self) -> Tree:
         """New leaves of everything in `lora.targets`; the routers' rows, which are pretrained, come from the first client that answers.
@@ -162,13 +195,13 @@ class Afar:
         lora, engine = self.recipe.lora, self._engine
         drawn = drawn_adapters(self._anatomy, lora, self.recipe.seed)
         if "router" not in lora.targets:
-            return drawn
+            return drawn | self._start
         asked, due = engine.asked, Due(leaves=lambda *_: {"router": router_shapes(self._anatomy)})
         for client in self.clients:
             packages = {client: Bundle()}
             for reply in usable(engine.ask("router", packages), packages, due, {}, engine.listener.lost):
                 engine.asked = asked  # it leaves no trace in the client's memory
-                return drawn | reply.bundle.tree("router")
+                return drawn | reply.bundle.tree("router") | self._start
         raise ValueError("lora.targets: no client has sent the pretrained rows of its routers to begin with; start again")
 
     def close(self) -> None:
@@ -222,7 +255,7 @@ def _introduced(
     """An engine whose clients have introduced themselves."""
     _refuse_pool(recipe)
     engine = GridEngine(
-        recipe=recipe.model_dump(mode="json", exclude_unset=True, exclude={"engine"}),
+        recipe=recipe.model_dump(mode="json", exclude_unset=True, exclude={"engine": True, "lora": {"init"}}),
         listener=listener,
         wanted=wanted,
         wait_seconds=settings.wait_seconds,
@@ -240,20 +273,6 @@ def _refuse_pool(recipe: Recipe) -> None:
         )
 
 
-def _check_bases(cards: Sequence[Card]) -> None:
-    """All clients hold the same base model.
-
-    Raises:
-        ValueError: they don't; names who holds which.
-    """
-    held: dict[str, list[str]] = {}
-    for card in cards:
-        held.setdefault(card.base_digest, []).append(card.name)
-    if len(held) > 1:
-        told = "; ".join(f"{digest[:12]} at {', '.join(names)}" for digest, names in sorted(held.items(), key=lambda one: -len(one[1])))
-        raise ValueError(f"the clients hold different base models ({told}); give all of them the same files")
-
-
 def _only_on(recipe: Recipe, folder: Path, run: str, listener: Listener) -> Afar:
     raise ValueError("engine.name: 'flower' runs over sites elsewhere; start it with: fedgraft run RECIPE --on NAME")
 
@@ -264,24 +283,3 @@ def connecting(settings: EngineSettings) -> Connect:
 
 
 CONNECT: dict[str, Connect] = {"inprocess": Here, "flower-simulation": _in_simulation, "flower": _only_on}
-
-
-def promise(recipe: Recipe, folder: Path, reach: Reach, steps: int) -> Guarantee:
-    """What a run promises its clients or their rows.
-
-    Args:
-        recipe: the run.
-        folder: of the run.
-        reach: its clients.
-        steps: optimiser steps of a site in a round, at most.
-
-    Raises:
-        ValueError: it could not be kept.
-    """
-
-    def rows() -> dict[str, int]:
-        known = {card.name: card.rows.get("train", 0) for card in reach.cards()}
-        pooled = {name: sum(known[client] for client in reach.clients) for name in reach.sites if name not in known}
-        return {name: known.get(name, 0) or pooled[name] for name in reach.sites}
-
-    return Guarantee(recipe=recipe, folder=folder, seed=recipe.seed, sites=list(reach.sites), rows=rows, steps=steps)

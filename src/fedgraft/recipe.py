@@ -147,6 +147,7 @@ class Recipe(Section):
         }
         if own != {key: getattr(self.evaluation, key) for key in TASKS}:
             parts["evaluation"] = self.evaluation.model_copy(update=own)
+        parts |= {"lora": self.lora.model_copy(update={"init": _resolved(self.lora.init)})} if self.lora.init else {}
         if self.model.name != EMBEDDED and Path(self.model.name).expanduser().is_dir():
             parts["model"] = self.model.model_copy(update={"name": _resolved(self.model.name)})
         return self.model_copy(update=parts)

@@ -20,12 +20,13 @@ from fedgraft.aggregation import participation
 from fedgraft.aggregation.replies import Due, usable
 from fedgraft.aggregation.server import Reply
 from fedgraft.bundle import Bundle
+from fedgraft.coordinating import promise, server_of
 from fedgraft.evaluation.gather import due_replies, gather, replies
 from fedgraft.evaluation.knowledge import check_tasks
-from fedgraft.hosting import server_of, training_of
+from fedgraft.hosting import training_of
 from fedgraft.kept import Kept
 from fedgraft.methods.method import settled
-from fedgraft.reach import Connect, connecting, promise
+from fedgraft.reach import Connect, connecting
 from fedgraft.recipe import Recipe
 from fedgraft.report.html import leave_page
 from fedgraft.report.lines import drop_from, round_line
@@ -69,8 +70,7 @@ class Session:
         self.opened = False
         self.replies: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
-        self.late: list[str] = []
-        self.told_left: set[str] = set()
+        self.late, self.told_left = list[str](), set[str]()
         self.kept = Kept(folder, recipe.engine.keep_replies)
         self.tell_recorders: Callable[[], None] = lambda: None
         self._begin("loading", 2)
@@ -150,7 +150,7 @@ class Session:
 
     def environment(self) -> dict[str, Any]:
         """What the run ran on, and the digests that a resume compares."""
-        return origin.environment(self.recipe.model.name, self.reach.cards(), self.run)
+        return origin.environment(self.recipe.model.name, self.reach.cards(), self.run, self.reach.start())
 
     def close(self) -> None:
         """Let go of the clients."""

@@ -12,12 +12,12 @@ LAYERS = (
     {"cli"},
     {"serve"},
     {"deployment"},
-    {"rehearsal", "checkup", "use"},
+    {"rehearsal", "checkup", "use", "joining"},
     {"runner", "starter", "sweep", "forgetting"},
     {"session"},
     {"reach"},  # how a run gets at its clients
-    {"hosting"},  # rows, base and memories of one process, for the run itself or behind an engine
-    {"folders", "origin", "trouble", "kept"},
+    {"hosting", "coordinating"},  # rows, base and memories of one process, for the run itself or behind an engine
+    {"folders", "origin", "trouble", "kept", "handover"},
     {"recipe"},
     {"engine", "evaluation", "report", "account"},
     {"transforms"},

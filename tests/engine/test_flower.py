@@ -80,6 +80,25 @@ def test_a_run_over_a_grid_is_the_run_in_process(place, tmp_path, grid_of, case)
     assert {key: afar.environment[key] for key in same} == {key: here.environment[key] for key in same}
 
 
+def test_a_run_over_a_grid_starts_from_leaves_that_the_sites_never_see(place, tmp_path, grid_of):
+    first = runner.run(place.recipe("fedavg", federation={"rounds": 1}), out=tmp_path / "first")
+    recipe = place.recipe("flex", **LEAN | {"lora": {"init": str(first.folder)}})
+    here = runner.run(recipe, out=tmp_path / "here")
+    grid = grid_of()
+    afar = runner.run(flower(recipe), out=tmp_path / "afar", connect=reach.over(grid))
+    assert digests(afar.folder, tmp_path / "sites") == digests(here.folder)
+    assert afar.environment["start_digest"] == here.environment["start_digest"]
+    assert not any("init" in frame.facts.get("recipe", {}).get("lora", {}) for frame in grid.requests)
+
+
+@pytest.mark.parametrize("method", ["local", "ditto", "ffa_lora"])
+def test_leaves_that_sites_keep_cannot_start_from_a_folder_they_do_not_have(place, tmp_path, grid_of, method):
+    first = runner.run(place.recipe("fedavg", federation={"rounds": 1}), out=tmp_path / "first")
+    recipe = flower(place.recipe(method, **LEAN | {"lora": {"init": str(first.folder)}}))
+    with pytest.raises(ValueError, match=f"lora.init: method '{method}' keeps layers.* at the sites, which never see that folder"):
+        runner.run(recipe, out=tmp_path / "afar", connect=reach.over(grid_of()))
+
+
 @pytest.mark.parametrize("case", ["flex", "scaffold"])
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_a_coordinator_stopped_and_started_again_with_new_hosts_ends_equal(place, tmp_path, grid_of, case, step):

@@ -53,24 +53,27 @@ def served(folder, *words):
 def test_a_process_stops_with_0_when_it_is_told_to(trained):
     process, url = served(trained("flex").folder, "--quiet")
     with process:
-        assert httpx.get(f"{url}/health", timeout=30).status_code == 200
-        process.terminate()
-        assert process.wait(120) == 0
+        try:
+            assert httpx.get(f"{url}/health", timeout=30).status_code == 200
+            process.terminate()
+            assert process.wait(120) == 0
+        finally:
+            process.kill()
 
 
 @pytest.mark.deploy
 def test_a_thousand_requests_leave_the_memory_as_it_was(trained, expected):
     process, url = served(trained("flex").folder, "--quiet")
-    try:
-        with process:
+    with process:
+        try:
             assert storm(url, expected, 400) == []
             before = memory(url)
             assert storm(url, expected, 1000) == []
             assert memory(url) / before == pytest.approx(1, abs=0.05)
             process.terminate()
             assert process.wait(120) == 0
-    finally:
-        process.kill()
+        finally:
+            process.kill()  # before the block waits for its end
 
 
 def memory(url):

@@ -193,8 +193,8 @@ def _split(shapes: Shapes, method: Method) -> tuple[Leaves, Leaves]:
         found = ", ".join(sorted({address.place_of(key) for key in shapes}))
         what = "would stay on the client" if not personal else "would travel"
         raise ValueError(f"of the leaves this method trains ({found}) none {what}; use another method.name or other options of it")
-    trained = {key for key in personal if not method.frozen(key)}
-    return _leaves(shapes, trained), _leaves(shapes, shapes.keys() - personal)
+    trained = {key for key in shapes if not method.frozen(key)}
+    return _leaves(shapes, trained & personal), _leaves(shapes, trained - personal)
 
 
 def _leaves(shapes: Shapes, keys: set[str]) -> Leaves:

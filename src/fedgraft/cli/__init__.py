@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from fedgraft.cli import chat, compare, doctor, export, federation, forget, generate, init, listing, report, run, serve, sweep, watch  # noqa: F401  # each registers its commands, in the order of --help
+from fedgraft.cli import (  # noqa: F401  # each registers its commands, in the order of --help
+    chat,
+    compare,
+    doctor,
+    export,
+    federation,
+    forget,
+    generate,
+    init,
+    joining,
+    listing,
+    report,
+    run,
+    serve,
+    sweep,
+    watch,
+)
 from fedgraft.cli.frame import STATE, app, console, escape
 
 

@@ -158,10 +158,12 @@ def evenly(settings: DataSettings, load: Load, seed: int) -> list[ClientData]:
 
 
 def by_file(settings: DataSettings, load: Load, seed: int) -> list[ClientData]:
-    """One client per file of the folder `path`, or per subfolder with files such as train.jsonl, validation.jsonl and test.jsonl."""
+    """One client per file of the folder `path`, or per subfolder with files such as train.jsonl, validation.jsonl and test.jsonl.
+
+    With `settings.name` all of it is one client.
+    """
     clients = []
-    for entry in _client_files(settings.path):
-        name = entry.name.removesuffix(".gz").removesuffix(".jsonl")
+    for name, entry in _client_files(settings):
         rows = {
             split: [row for row in load(split, str(entry)) if row.category in (settings.categories or [row.category])] for split in SPLITS
         }
@@ -252,7 +254,10 @@ def _names(number: int) -> list[str]:
     return [f"client-{index:0{width}}" for index in range(number)]
 
 
-def _client_files(path: str | None) -> list[Path]:
+def _client_files(settings: DataSettings) -> list[tuple[str, Path]]:
+    path = settings.path
+    if settings.name is not None and path is not None:
+        return [(settings.name, Path(path))]
     if path is None or not Path(path).is_dir():
         raise ValueError(f"data.partition 'files' needs data.path to be a folder with one file or subfolder per client, got {path!r}")
     visible = [entry for entry in sorted(Path(path).iterdir()) if not entry.name.startswith(".")]
@@ -264,7 +269,7 @@ def _client_files(path: str | None) -> list[Path]:
         raise ValueError(
             f"{splits[0]}: named after a split, not a client; put it at {path}/<client>/{splits[0].name} or use another data.partition"
         )
-    return found
+    return [(entry.name.removesuffix(".gz").removesuffix(".jsonl"), entry) for entry in found]
 
 
 def _check(clients: list[ClientData], settings: DataSettings) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedgraft.settings import Section
 
@@ -42,8 +42,17 @@ class DataSettings(Section):
     test_rows: int | None = Field(default=None, ge=0)
     """Test rows per client, in the same sense; 0 for none."""
 
+    name: str | None = None
+    """With `files`: all of `path`, a file or a folder, is one client of this name (none: one client per file or subfolder)."""
+
     template: Literal["chat", "alpaca"] = "chat"
     """Wording around instruction and response: the tokenizer's own chat template, or Stanford Alpaca's."""
 
     max_length: int = Field(default=512, ge=16)
     """Longest row in tokens; the context is cut first, from its end."""
+
+    @model_validator(mode="after")
+    def _check_name(self) -> Self:
+        if self.name is not None and self.partition != "files":
+            raise ValueError(f"name: {self.name!r} names the one client of partition: files; set partition to that, or leave it out")
+        return self

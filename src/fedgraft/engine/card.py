@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,3 +58,17 @@ class Card:
 
 
 CARD = TypeAdapter(Card)
+
+
+def check_bases(cards: Sequence[Card]) -> None:
+    """All clients hold the same base model.
+
+    Raises:
+        ValueError: they don't; names who holds which.
+    """
+    held: dict[str, list[str]] = {}
+    for card in cards:
+        held.setdefault(card.base_digest, []).append(card.name)
+    if len(held) > 1:
+        told = "; ".join(f"{digest[:12]} at {', '.join(names)}" for digest, names in sorted(held.items(), key=lambda one: -len(one[1])))
+        raise ValueError(f"the clients hold different base models ({told}); give all of them the same files")

@@ -71,7 +71,8 @@ def without_test_rows(question: Question) -> Question:
 
 def replies(clients: int, unseen: int, settings: EvaluationSettings) -> int:
     """How many replies `gather` waits for."""
-    return clients + unseen + (clients * (clients + 1) if settings.cross else 0)
+    new = clients if settings.unseen.clients == "all" else unseen
+    return clients + new + (clients * (clients + 1) if settings.cross else 0)
 
 
 def gather(
@@ -92,8 +93,8 @@ def gather(
     found: dict[str, Any] = {"split": settings.split, "clients": {name: reply.facts["models"] for name, reply in told.items()}}
     if settings.experts:
         found["experts"] = {name: reply.facts["expert_figures"] for name, reply in told.items() if "expert_figures" in reply.facts}
-    if unseen:
-        found["unseen"] = {name: reply.facts["unseen"] for name, reply in answers("evaluate_unseen", unseen).items()}
+    if new := clients if settings.unseen.clients == "all" else unseen:
+        found["unseen"] = {name: reply.facts["unseen"] for name, reply in answers("evaluate_unseen", new).items()}
     if settings.cross:
         found["cross"] = cross_losses(method, server, ask, list(clients))
     return found

@@ -29,7 +29,8 @@ Line: TypeAlias = dict[str, Any]
 Keep: TypeAlias = Callable[[str, list[Line]], None]
 """Keeps the lines of a client where the client is: they never travel."""
 
-
+GAINS = {"gain": ("", "base"), "gain_over_shared": ("personal", "shared")}
+"""Figure -> (the model that has it; empty: every one, the model whose loss is the reference)."""
 MOST_LINES = 40_000
 """Lines of a client that are kept, about 5 MB: 10,000 rows of four models."""
 
@@ -75,26 +76,26 @@ def measure(
 ) -> tuple[dict[str, dict[str, Any]], list[Line]]:
     """Model -> figure -> value, with bootstrap intervals over the rows under `interval`; and what every row gave.
 
-    Figures are those of `response_sums`, of `answer_scores` and `choice_scores` where measured, `general_loss`, and `gain`: by how much the
-    loss is below that of the base on the same rows.
+    Figures are those of `response_sums`, of `answer_scores` and `choice_scores` where measured, `general_loss`, and by how much the loss is
+    below another one's on the same rows: `gain` below the base's, of a personal model also `gain_over_shared`.
     """
     results: dict[str, dict[str, Any]] = {}
     lines: list[Line] = []
-    base: RowSums | None = None
+    below: dict[str, RowSums] = {}
     for done, (name, model) in enumerate(models.items()):
         client.report(done, len(models), note=f"model {name}")
         figures, sums = response_sums(client, model, rows, settings.batch_size)
-        base = sums if name == "base" else base
         scores = _scores(client, name, model, rows, settings)
         figures |= {figure: float(np.mean(known)) for figure, values in scores.items() if (known := _known(values))}
-        if base is not None and name != "base":
-            figures["gain"] = base.loss - sums.loss
+        gains = {figure: below[other] for figure, (own, other) in GAINS.items() if other in below and name != other and own in {"", name}}
+        figures |= {figure: other.loss - sums.loss for figure, other in gains.items()}
+        below[name] = sums
         in_use = partial(predicting, client, replace(model, tree=client.model.placed(model.tree)))
         if settings.knowledge_tokens and name in settings.knowledge_models:
             figures["general_loss"] = general_loss(client.model.base, settings.knowledge_tokens, client.training.precision, in_use)
         if name in settings.task_models:
             figures |= task_figures(client.model.base, settings, client.training.precision, in_use, untouched=not model.tree)
-        results[name] = {**figures, "interval": _intervals(client, settings, sums, scores, None if name == "base" else base)}
+        results[name] = {**figures, "interval": _intervals(client, settings, sums, scores, gains)}
         lines += _lines(name, rows, sums, scores)
     return results, lines
 
@@ -111,13 +112,13 @@ def _known(values: Sequence[float | None]) -> list[float]:
 
 
 def _intervals(
-    client: Client, settings: EvaluationSettings, sums: RowSums, scores: RowScores, base: RowSums | None
+    client: Client, settings: EvaluationSettings, sums: RowSums, scores: RowScores, gains: Mapping[str, RowSums]
 ) -> dict[str, tuple[float, float]]:
     """Figure -> its interval, for those that have enough rows; a figure draws the same rows for all models of a client."""
     ratios: dict[str, tuple[NDArray[np.float64] | list[float], NDArray[np.float64] | None]] = {
         "loss": (sums.nats, sums.tokens),
         "token_accuracy": (sums.right, sums.tokens),
-        **({"gain": (base.nats - sums.nats, sums.tokens)} if base is not None else {}),
+        **{figure: (other.nats - sums.nats, sums.tokens) for figure, other in gains.items()},
         **{figure: (_known(values), None) for figure, values in scores.items()},
     }
     found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
@@ -12,12 +13,19 @@ from fedgraft.settings import Section
 class UnseenSettings(Section):
     """Clients that the federation never asks; afterwards they receive the shared leaves and adapt them to some of their rows."""
 
-    clients: NonNegativeInt | list[str] = 0
-    """How many, drawn by the seed, or which."""
+    clients: NonNegativeInt | list[str] | Literal["all"] = 0
+    """How many, drawn by the seed, or which. `all`: nobody is held out, and every client is new to the shared leaves because they are
+    not trained here (`method.frozen_shared`)."""
     rows: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0, 10, 30, 100)
     """Training rows that they adapt with, each number by itself; 0: the shared leaves as they are."""
     rounds: int = Field(default=5, ge=1)
     """Rounds' worth of local steps with these rows, at `training.lr`."""
+    passes: int | None = Field(default=None, ge=1)
+    """In the place of `rounds`: as many as make so many passes over the rows, which few rows are not overfitted by; rounded up."""
+
+    def rounds_of(self, rows: int, each: int) -> int:
+        """Rounds for a number of rows, `each` of which are seen in a round."""
+        return self.rounds if self.passes is None else max(1, math.ceil(self.passes * rows / each))
 
     @model_validator(mode="after")
     def _no_number_twice(self) -> Self:

@@ -17,7 +17,8 @@ import torch
 
 from fedgraft.aggregation.server import Ask, Reply
 from fedgraft.bundle import Bundle
-from fedgraft.hosting import server_of, training_of
+from fedgraft.coordinating import server_of
+from fedgraft.hosting import training_of
 from fedgraft.kept import Kept
 from fedgraft.methods.method import Method, settled
 from fedgraft.moe.skeleton import skeleton

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from fedgraft.moe.family import Anatomy
 from fedgraft.moe.load import Base
 from fedgraft.moe.projections import Projection
 from fedgraft.moe.weights import compute_device, plain, stored
-from fedgraft.tree import Tree, digest
+from fedgraft.tree import Tree, clone, digest
 
 PROBE_TOKENS = 16
 Experts = list[list[int]]
@@ -48,13 +49,20 @@ FIELDS: dict[type, str] = {LowRank: "low_rank", RouterRows: "router", ExpertPair
 class GraftedModel:
     """A base model with places for adapters and side experts. One tree is in use at a time; not thread-safe."""
 
-    def __init__(self, base: Base, lora: LoraSettings, graft: GraftSettings) -> None:
+    def __init__(self, base: Base, lora: LoraSettings, graft: GraftSettings, start: Callable[[], Tree] = dict) -> None:
         """Inject the adapters and register the hooks.
+
+        Args:
+            base: the frozen model.
+            lora: sizes and places of the adapters.
+            graft: what a side expert is.
+            start: gives leaves that new ones are in the place of drawn ones; asked once, when the first are wanted.
 
         Raises:
             ValueError: a LoRA target does not exist.
         """
         self.base, self.lora_settings, self.graft_settings = base, lora, graft
+        self._start = cache(start)
         self._frozen = dict(base.model.named_parameters())
         self._holders = {name: base.model.get_submodule(name.rpartition(".")[0]) for name in self._frozen}
         linears = [(projection.layer, base.model.get_submodule(projection.path)) for projection in base.projections]
@@ -73,8 +81,9 @@ class GraftedModel:
         _check_they_run(base, chosen_projections(base, lora.targets))
 
     def fresh_adapters(self, seed: int) -> Tree:
-        """New leaves of everything in `lora.targets`, on the CPU, the same on every site for the same seed."""
-        return fresh_pairs(self._pairs, seed) | (self._router.fresh() if self._router is not None else {})
+        """New leaves of everything in `lora.targets`, on the CPU, the same on every site for the same seed and start."""
+        drawn = fresh_pairs(self._pairs, seed) | (self._router.fresh() if self._router is not None else {})
+        return drawn | clone(self._start())
 
     def fresh_side(self, experts: Experts, seed: int, mixture: Mixture = ()) -> Tree:
         """New leaves of the grafted experts and their gates, on the CPU; with a `mixture` of experts as their start."""

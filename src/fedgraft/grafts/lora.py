@@ -38,6 +38,10 @@ class LoraSettings(Section):
     that serves several roles, as in fused or low-rank attention, is adapted once any of them is named). `mixer`: state-space, linear
     attention and convolution layers; `shared`: shared experts; `linear`: all linear layers but router and head. `router`: its
     rows, trained in full; `experts`: every routed expert."""
+    init: str | None = None
+    """Start from leaves that are there already, in the place of new ones: the folder of a PEFT adapter, of what `fedgraft export
+    --as fedgraft` wrote, or of a run, of which the shared leaves are taken. They compute what they computed there, whatever `alpha` is
+    here; `rank` and `targets` must be theirs."""
 
 
 Pair: TypeAlias = tuple[Tensor, Tensor]

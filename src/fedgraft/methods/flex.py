@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from fedgraft.address import place_of, side_number
-from fedgraft.aggregation.server import Ask, Server
+from fedgraft.aggregation.replies import no_leaves
+from fedgraft.aggregation.server import Ask, Reply, Server
 from fedgraft.bundle import Bundle, Fact
 from fedgraft.grafts.lora import Shapes
 from fedgraft.methods.method import Method, Prediction, answer_as, choose_experts, open_run, personal_leaves, train_round
 from fedgraft.training.client import Client
-from fedgraft.tree import Tree, partition
+from fedgraft.training.personal_rules import around
+from fedgraft.tree import Predicate, Tree, partition
 
 
-def build(shared_graft: bool = False, private_router: bool = False) -> Method:
+def build(shared_graft: bool = False, private_router: bool = False, frozen_shared: bool = False) -> Method:
     """Side experts and their gates stay on the client; the rest is FedAvg. Without any graft it is the method `fedavg`.
 
     Args:
         shared_graft: beside its own, every client carries one further grafted expert per layer, the same for all, sent and averaged. It
             starts from the expert that is the first choice of most clients (ties to the lowest).
         private_router: the router's rows are trained and stay on the client; `lora.targets` must name `router`.
+        frozen_shared: the shared leaves stay as they begin (`lora.init`), nothing is sent, and graft and gate alone are trained.
     """
+    if shared_graft and frozen_shared:
+        raise ValueError("method.frozen_shared: a shared graft is trained by all clients, so it can't be frozen; leave one of them out")
     kept = Method(
         places=frozenset({"adapters", "side"}),
         personal=lambda key: (
@@ -31,6 +36,8 @@ def build(shared_graft: bool = False, private_router: bool = False) -> Method:
         ),
         targets=frozenset({"router"} if private_router else ()),
     )
+    if frozen_shared:
+        return replace(kept, frozen=_not(kept.personal), local=around(_not(kept.personal)), sent=no_leaves, train=train_own, absorb=hear)
     if not shared_graft:
         return kept
     return replace(
@@ -48,6 +55,20 @@ def build(shared_graft: bool = False, private_router: bool = False) -> Method:
 def _is_common(key: str) -> bool:
     """The shared graft is the first of its layer."""
     return place_of(key) == "side" and side_number(key) == 0
+
+
+def _not(predicate: Predicate) -> Predicate:
+    return lambda key: not predicate(key)
+
+
+def train_own(method: Method, client: Client, package: Bundle) -> Bundle:
+    """As every method; the shared leaves, which are what they were, are not sent back."""
+    return Bundle(facts=train_round(method, client, package).facts)
+
+
+def hear(method: Method, server: Server, replies: Iterator[Reply]) -> None:
+    """Nothing is merged."""
+    list(replies)  # they are pulled one by one
 
 
 def open_common(method: Method, server: Server, ask: Ask) -> None:

@@ -30,6 +30,8 @@ def build(ranks: Ranks = None) -> Method:
     """
 
     def settle(method: Method, surroundings: Surroundings) -> Method:
+        if surroundings.lora.init is not None:
+            raise ValueError("lora.init: this method draws new pairs in every round, so it starts from none; remove it")
         dealt = ranks_of(ranks, surroundings)
 
         def pack(method: Method, server: Server, client: str) -> Bundle:

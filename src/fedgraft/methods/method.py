@@ -211,7 +211,7 @@ class Method:
     personal: Predicate = nothing
     """Leaves that never leave the client."""
     frozen: Predicate = nothing
-    """Of those, the ones that stay as they were drawn."""
+    """Leaves that stay as the run began with them."""
     shared_grafts: int = 0
     """Grafted experts per layer beside those that the recipe counts (`graft.per_layer`)."""
     targets: frozenset[str] = frozenset()

@@ -69,7 +69,7 @@ def run_page(record: Record) -> str:
     """The page of one run, however far it has come."""
     model = str(record.recipe.get("model", {}).get("name", "unknown model"))
     planned, done = record.recipe.get("federation", {}).get("rounds", "?"), len(record.rounds)
-    unseen = len(record.further.get("unseen", {}))
+    unseen = len(record.further.get("unseen", {}).keys() - record.results.keys())
     clients = len(record.environment.get("clients", {})) - unseen or len(record.results or record.selection)
     items = [
         ("state", "finished" if record.finished else "stopped before its end" if done else "stopped before its first round"),

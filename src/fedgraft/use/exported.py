@@ -8,11 +8,10 @@ from typing import Any
 
 from fedgraft.bundle import Bundle
 from fedgraft.grafts.graft import GraftedModel
+from fedgraft.handover.found import ABOUT, LEAVES
 from fedgraft.methods.method import Prediction
 from fedgraft.report.record import read_document
 from fedgraft.use.source import SHARED, own_recipe
-
-ABOUT, LEAVES = "fedgraft.json", "leaves.safetensors"
 
 
 class ExportSource:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from fedgraft.grafts.graft import GraftedModel
+from fedgraft.handover.found import ABOUT
+from fedgraft.handover.start import start_of
 from fedgraft.moe.load import load_base
-from fedgraft.use.exported import ABOUT, ExportSource
+from fedgraft.use.exported import ExportSource
 from fedgraft.use.loaded import Loaded
 from fedgraft.use.run import RunSource
 from fedgraft.use.source import Source, check_name
@@ -49,4 +52,4 @@ def grafted(source: Source) -> GraftedModel:
             f"{source.where}: its leaves belong to another base than {recipe.model.name!r} is now (digest {source.base_digest[:12]}, "
             f"here {base.digest[:12]}); restore that, or name a copy of it: model.name=<folder>"
         )
-    return GraftedModel(base, recipe.lora, recipe.graft)
+    return GraftedModel(base, recipe.lora, recipe.graft, partial(start_of, recipe.lora, base, base.digest, recipe.seed))

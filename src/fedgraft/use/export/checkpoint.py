@@ -31,6 +31,8 @@ class Checkpoint:
     """In words."""
     code: str = ""
     """Why a modelling file stands beside it; empty where none does."""
+    note: str = ""
+    """What tools must heed to compute this model; empty where nothing is unusual."""
 
 
 def write_checkpoint(grafted: GraftedModel, fitted: Fitted, folder: Path) -> Checkpoint:
@@ -54,7 +56,8 @@ def write_checkpoint(grafted: GraftedModel, fitted: Fitted, folder: Path) -> Che
         return Checkpoint(kind=f"plain {architecture} checkpoint")
     if not other:
         as_qwen2_moe(base, grafts).save_pretrained(folder)
-        return Checkpoint(kind="plain qwen2_moe checkpoint, whose shared expert is the graft")
+        note = "Top-k weights are normalised (norm_topk_prob: true); a tool that ignores this, as llama.cpp does, computes another model."
+        return Checkpoint(kind="plain qwen2_moe checkpoint, whose shared expert is the graft", note=note)
     _write_custom(base, grafts, folder)
     return Checkpoint(kind=f"{architecture} checkpoint with a modelling file ({CODE})", code=other)
 

@@ -36,7 +36,7 @@ def write(subject: Subject, folder: Path) -> Written:
         before = _logits(model, ids)
     base.tokenizer.save_pretrained(folder)
     written = write_checkpoint(subject.loaded.grafted, fitted, folder)
-    exact, notes = base.model.dtype == torch.float32, []
+    exact, notes = base.model.dtype == torch.float32, [written.note] if written.note else []
     if written.code:
         notes.append(f"It needs trust_remote_code, since it can't be a Qwen2-MoE: {written.code}.")
     if not exact:

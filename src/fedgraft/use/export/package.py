@@ -5,21 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedgraft.bundle import Bundle
+from fedgraft.grafts.lora import LoraSettings
+from fedgraft.handover.found import ABOUT, LEAVES
 from fedgraft.report.record import write_document
 from fedgraft.tree import clone
 from fedgraft.use.export.subject import Subject, Written
-from fedgraft.use.exported import ABOUT, LEAVES
 
 PARTS = {
     "model": None,
-    "lora": None,
+    "lora": set(LoraSettings.model_fields) - {"init"},
     "graft": None,
     "method": None,
+    "selection": None,
     "data": {"template", "max_length"},
-    "training": {"precision"},
+    "training": None,
     "seed": None,
 }
-"""Sections of the recipe that a model is used with, and which of their keys where not all."""
+"""Sections of the recipe that a model is used or joined with, and which of their keys where not all."""
 LOADING = """import fedgraft
 loaded = fedgraft.load(FOLDER)
 model, tokenizer = loaded.model, loaded.tokenizer"""

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fedgraft import address, files
+from fedgraft import files
 from fedgraft.grafts.graft import Fitted
 from fedgraft.grafts.lora import LoraSettings
+from fedgraft.grafts.peft_names import CONFIG, WEIGHTS, layers_by_head, weight_name
 from fedgraft.moe.load import Base
 from fedgraft.moe.projections import Projection
 from fedgraft.moe.settings import EMBEDDED
@@ -38,8 +39,8 @@ def write(subject: Subject, folder: Path) -> Written:
     _check_leaves(subject, fitted)
     settings, tree = adapter_of(base, fitted, subject.recipe.lora)
     settings |= {"base_model_name_or_path": "" if base.name == EMBEDDED else base.name, "revision": subject.recipe.model.revision}
-    save_file(tree, folder / "adapter_model.safetensors")
-    files.write_json(folder / "adapter_config.json", settings)
+    save_file(tree, folder / WEIGHTS)
+    files.write_json(folder / CONFIG, settings)
     return Written(kind="PEFT adapter (LoRA)", loading=LOADING.format(base=subject.about["base"]))
 
 
@@ -52,7 +53,7 @@ def adapter_of(base: Base, fitted: Fitted, lora: LoraSettings) -> tuple[dict[str
     Raises:
         ValueError: PEFT would take a layer for another.
     """
-    heads = {address.projection(part.layer, part.place, part.name): part for part in base.projections}
+    heads = layers_by_head(base)
     adapted = [heads[head] for head in fitted.low_rank]
     _check_names(base.model.config.model_type, adapted)
     last = {_last(part) for part in adapted}
@@ -66,7 +67,7 @@ def adapter_of(base: Base, fitted: Fitted, lora: LoraSettings) -> tuple[dict[str
         assert pair is not None
         factor_a, factor_b, alpha = pair
         for name, leaf in (("A", factor_a), ("B", factor_b)):
-            tree[f"base_model.model.{part.path}.lora_{name}.weight"] = leaf.detach().float().cpu().contiguous().clone()
+            tree[weight_name(part, name)] = leaf.detach().float().cpu().contiguous().clone()
         if len(factor_a) != lora.rank:
             ranks[re.escape(part.path)] = len(factor_a)
         if alpha != lora.alpha:
