@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds after one to warm up")
     parser.add_argument(
-        "--threads", type=int, default=2, help="torch threads of the cohort; the plain loop has one, which is faster for it"
+        "--threads", type=int, default=1, help="torch threads of the cohort; the plain loop has one, which is faster for it"
     )
     parser.add_argument("--precision", choices=list(NAMES), action="append", help="measure these alone")
     arguments = parser.parse_args()

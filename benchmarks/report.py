@@ -30,7 +30,7 @@ allocator that keeps freed memory.""",
         ("cohort8", "cohort8_bf16", "cohort8_autocast"),
         """As above with 8 clients that train at once (`engine.cohort: 8`) and rows of at most 128 tokens: with the base in
 single precision, with the base in bfloat16 (leaves in fp32), and under bfloat16 autocast; the plain loop has the same. It is that of
-`sequential` and has one thread, which is faster for it; the cohort has two.""",
+`sequential`. Both have one thread: with two (`--threads 2`) a cohort was slower on this machine, whose cores are shared.""",
     ),
     "Memory with many clients": (
         ("memory200", "memory200_all"),
