@@ -51,7 +51,7 @@ from fedgraft.engine.control import Control
 from fedgraft.engine.engine import Traffic
 from fedgraft.engine.flower import POLL_GROWTH, POLL_MOST, POLL_SECONDS, GridEngine, client_app
 from fedgraft.engine.serverapp import server_app
-from fedgraft.engine.wire import Frame
+from fedgraft.engine.wire import ECHOED, Frame
 from fedgraft.hosting import Host
 from fedgraft.methods import fedavg
 from fedgraft.moe.skeleton import skeleton
@@ -88,12 +88,18 @@ class Echo(Host):
         """Decode, answer, encode, as a host does around the training."""
         frame = Frame.decode(request)
         if frame.kind == "join":
-            card = {"name": self.name, "rows": {"train": 100}, "categories": {}, "data_digest": "", "base_digest": ""}
+            card = {
+                "name": self.name,
+                "rows": {"train": 100, "validation": 10, "test": 10},
+                "categories": {},
+                "data_digest": "",
+                "base_digest": "",
+            }
             return Frame(kind="card", facts={"card": card})
         package = Bundle.decode(frame.content)
         shared = {key: 2 * leaf for key, leaf in package.tree("shared").items()}
         reply = Bundle(trees={"shared": shared}, facts={"examples": 100, "loss": 1.0})
-        return Frame(kind="reply", facts={"client": self.name}, content=reply.encode())
+        return Frame(kind="reply", facts={name: frame.facts[name] for name in ECHOED}, content=reply.encode())
 
     def holdings(self, frame: Frame) -> Any:
         """What the guard looks at."""
