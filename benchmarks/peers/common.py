@@ -72,6 +72,7 @@ def model() -> Any:
 
 def put(leaves: Mapping[str, Tensor]) -> None:
     """Give the model these adapters."""
+    assert leaves.keys() == get_peft_model_state_dict(model()).keys(), "PEFT would leave out what it does not know, without a word"
     set_peft_model_state_dict(model(), dict(leaves))
 
 

@@ -23,6 +23,7 @@ from fedgraft.session import Session
 EMBEDDED = Path(fedgraft.__file__).with_name("assets") / "base"
 RANK, ALPHA, LR, CLIP, STEPS, BATCH_SIZE, MAX_LENGTH = 8, 16, 0.01, 1.0, 4, 4, 128
 CATEGORIES = ["classification", "closed_qa", "information_extraction", "summarization"]
+TARGETS = ["q", "k", "v", "o"]
 
 
 def write_base(folder: Path) -> None:
@@ -54,7 +55,7 @@ def recipe(base: Path, clients: int, rounds: int) -> dict[str, Any]:
         "model": {"name": str(base), "threads": 1},
         "data": {"dataset": "dolly", "partition": "category", "categories": CATEGORIES[:clients], "max_length": MAX_LENGTH},
         "method": {"name": "fedavg"},
-        "lora": {"rank": RANK, "alpha": ALPHA, "dropout": 0.0},
+        "lora": {"targets": TARGETS, "rank": RANK, "alpha": ALPHA, "dropout": 0.0},
         "federation": {"rounds": rounds},
         "training": {"steps": STEPS, "batch_size": BATCH_SIZE, "lr": LR, "lr_min": LR, "clip": CLIP},
         "evaluation": {"models": ["shared"], "rows": 1, "generate": False, "knowledge_tokens": 0, "resamples": 0},

@@ -14,7 +14,8 @@ def main() -> None:
     """All rounds."""
     disable_progress_bars()
     marks, leaves = Marks(), work().leaves()
-    arguments = SFTConfig(**settings(), dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
+    own = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "router_aux_loss_coef": 0.0}
+    arguments = SFTConfig(**settings(), **own)
     tokenizer = AutoTokenizer.from_pretrained(work().folder / "base")
     for number in range(work().rounds):
         mean = Mean()
