@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -95,3 +96,7 @@ def prepare(folder: Path, clients: int, rounds: int) -> None:
     settings = {"rank": RANK, "alpha": ALPHA, "lr": LR, "clip": CLIP, "batch_size": BATCH_SIZE, "rounds": rounds}
     (folder / "recipe.json").write_text(json.dumps(values), encoding="utf-8")
     (folder / "work.json").write_text(json.dumps({**settings, "weights": weights, "rows": rows}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]), clients=int(sys.argv[2]), rounds=int(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""A whole run of fedgraft, with all that a run does in a round and after it; its rows are its own, by the recipe that the others' came from."""
+"""A whole run of fedgraft, with all that a run does in a round and after it, by the recipe that the others' rows came from."""
 
 from __future__ import annotations
 

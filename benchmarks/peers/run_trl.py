@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from common import Mean, collate, model, put, taken, work
-from marks import Marks
 from datasets import Dataset, disable_progress_bars
+from marks import Marks
 from run_trainer import Stepped, settings
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
