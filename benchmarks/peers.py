@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -112,6 +113,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(PACKAGES), default=list(PACKAGES), help="these beside the plain loop")
     arguments = parser.parse_args()
     clients, rounds, turns = (2, 2, 1) if arguments.small else (4, arguments.rounds, arguments.turns)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the contestant in hand is ended too
     work, began = BUILD / "work", time.time()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
