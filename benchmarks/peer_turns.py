@@ -128,12 +128,17 @@ def command(words: Sequence[str]) -> str:
     """The output of a program.
 
     Raises:
-        PeerError: it failed; with the end of what it said.
+        PeerError: it failed; with the last line of what it said.
     """
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise PeerError(f"{' '.join(words[:4])} failed: {(done.stderr or done.stdout).strip()[-300:]}")
+        raise PeerError(f"{' '.join(words[:4])} failed: {last_line(done.stderr or done.stdout)}")
     return done.stdout
+
+
+def last_line(text: str) -> str:
+    """Its last line, where programs say what went wrong."""
+    return (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def one_run(name: str, out: Path, work: Path, cores: int) -> Turn:
@@ -156,8 +161,8 @@ def one_run(name: str, out: Path, work: Path, cores: int) -> Turn:
             process.cpu_affinity(process.cpu_affinity()[:cores])
         peak, ended = watch(process, started)
     if process.returncode != 0:
-        said = (out / "log.txt").read_text(encoding="utf-8", errors="replace").strip()[-400:]
-        raise PeerError(f"ended with {process.returncode} after {ended - started:.0f} s: {said}")
+        said = last_line((out / "log.txt").read_text(encoding="utf-8", errors="replace"))
+        raise PeerError(f"ended with {process.returncode} after {ended - started:.0f} s: {said} ({out / 'log.txt'} has the rest)")
     file = out / "marks.jsonl"
     marks = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     tokens = tokens_of(work)

@@ -12,8 +12,8 @@ from fedgraft import files
 TARGET = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
-Written by `python benchmarks/report.py` from `benchmarks/results.json`; `make bench` measures everything anew. Ratios below 1 are in
-fedgraft's favour. The machine was shared with other work, so absolute seconds say little; the contestants of a ratio took turns in one
+Written by `python benchmarks/report.py` from `benchmarks/results.json`; `make bench` and `make bench-peers` measure everything anew. Ratios
+below 1 are in fedgraft's favour, but where a section says what is set against what. The machine was shared with other work, so absolute seconds say little; the contestants of a ratio took turns in one
 process, or ran one after another, under the same load.
 """
 SECTIONS = {
