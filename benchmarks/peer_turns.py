@@ -132,7 +132,7 @@ def command(words: Sequence[str]) -> str:
     """
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise PeerError(f"{' '.join(words[:4])} failed: {last_line(done.stderr or done.stdout)}")
+        raise PeerError(f"{' '.join([Path(words[0]).name, *words[1:3]])} failed: {last_line(done.stderr or done.stdout)}")
     return done.stdout
 
 
@@ -162,13 +162,15 @@ def one_run(name: str, out: Path, work: Path, cores: int) -> Turn:
         peak, ended = watch(process, started)
     if process.returncode != 0:
         said = last_line((out / "log.txt").read_text(encoding="utf-8", errors="replace"))
-        raise PeerError(f"ended with {process.returncode} after {ended - started:.0f} s: {said} ({out / 'log.txt'} has the rest)")
+        raise PeerError(
+            f"ended with {process.returncode} after {ended - started:.0f} s: {said} (build/peers/out/{out.name}/log.txt has the rest)"
+        )
     file = out / "marks.jsonl"
     marks = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     tokens = tokens_of(work)
     turn = Turn(marks=marks, started=started, seconds=ended - started, peak=peak, tokens=tokens)
     if len(turn.events("round")) != len(tokens) or not turn.events("step"):
-        raise PeerError(f"did {len(turn.events('round'))} of {len(tokens)} rounds; {out / 'log.txt'} says why")
+        raise PeerError(f"did {len(turn.events('round'))} of {len(tokens)} rounds; build/peers/out/{out.name}/log.txt says why")
     return turn
 
 

@@ -13,8 +13,8 @@ TARGET = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
 Written by `python benchmarks/report.py` from `benchmarks/results.json`; `make bench` and `make bench-peers` measure everything anew. Ratios
-below 1 are in fedgraft's favour, but where a section says what is set against what. The machine was shared with other work, so absolute seconds say little; the contestants of a ratio took turns in one
-process, or ran one after another, under the same load.
+below 1 are in fedgraft's favour; in a row of a peer, in the peer's. The machine was shared with other work, so absolute seconds say little;
+the contestants of a ratio took turns in one process, or ran one after another, under the same load.
 """
 SECTIONS = {
     "A round against the plain PyTorch loop": (
