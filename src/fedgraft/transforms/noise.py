@@ -103,7 +103,7 @@ def _kept(words: NDArray[np.uint64], variance: int) -> NDArray[np.int64]:
     negative = (laplace & np.uint64(1)).astype(bool)  # a bit that `_stays` does not look at
     stays = fair & _stays(laplace, np.exp(-(below / scale))) & ~(negative & (size == 0))
     stays &= _stays(gaussian, np.exp(-((size - variance / scale) ** 2) / (2 * variance)))
-    return np.where(negative, -size, size)[stays]
+    return np.asarray(np.where(negative, -size, size)[stays], dtype=np.int64)
 
 
 def _stays(words: NDArray[np.uint64], probability: NDArray[np.float64]) -> NDArray[np.bool_]:

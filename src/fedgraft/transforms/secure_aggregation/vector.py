@@ -50,7 +50,7 @@ def quantised(change: Tree, weight: int, settings: SecAggPlus, rng: np.random.Ge
     """
     flat = flattened(change)
     cut = np.clip(flat, -settings.clipping_range, settings.clipping_range)
-    return vector_of(rounded(cut, settings, rng) * weight, weight, np.count_nonzero(cut != flat), settings)
+    return vector_of(rounded(cut, settings, rng) * weight, weight, int(np.count_nonzero(cut != flat)), settings)
 
 
 def flattened(change: Tree) -> NDArray[np.float64]:
