@@ -58,7 +58,8 @@ class ClientPrivacy(_Noised):
 
     name: Literal["client"] = "client"
     where: Literal["server", "clients"] = "server"
-    """Who adds the noise: the coordinator, which is trusted; or every client a share of it, for a coordinator that sees sums alone."""
+    """Who adds the noise: the coordinator, which is trusted; or every client a share of it, for a coordinator that sees sums alone
+    (`secure_aggregation`)."""
     least: int = Field(default=0, ge=0)
     """With `where: clients`: so many shares together are the whole noise, and a round with fewer replies is not merged."""
     quantile: float | None = Field(default=None, gt=0, lt=1)
