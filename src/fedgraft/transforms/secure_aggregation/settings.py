@@ -43,8 +43,8 @@ class SecAggPlus(Section):
     name: Literal["secagg_plus"] = "secagg_plus"
     threshold: int | None = Field(default=None, ge=2)
     """Shares that recover a client's masks, and so the fewest clients whose sum is opened; more than half of the shares that there are, one
-    for the client and each of its neighbours. The others may drop out at any moment. Empty: the least that is more than half, and no less than
-    `privacy.least`."""
+    for the client and each of its neighbours. The others may drop out at any moment. Empty: the least that is more than half, and no less
+    than `privacy.least`."""
     neighbours: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     """Clients that each one shares masks with, drawn anew in every round; empty: all of the round. The work of a client grows with it."""
     clipping_range: float = Field(default=0.1, gt=0, allow_inf_nan=False)
@@ -53,8 +53,8 @@ class SecAggPlus(Section):
     quantisation_bits: int = Field(default=16, ge=2, le=32)
     """Bits of a number before it is masked: changes are rounded at random to multiples of `clipping_range` / (2^(bits - 1) - 1)."""
     modulus_bits: Literal[32, 64] = 32
-    """Bits of a masked number on the wire. The sum over all training rows of the largest number must fit, or under `privacy.name: client` that
-    over a round's clients with their noise; too small is refused."""
+    """Bits of a masked number on the wire. The sum over all training rows of the largest number must fit, or under `privacy.name: client`
+    that over a round's clients with their noise; too small is refused."""
 
     @property
     def levels(self) -> int:
