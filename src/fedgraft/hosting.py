@@ -30,7 +30,6 @@ from fedgraft.training.fit import NotFiniteError
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.transforms.attack import attacking
 from fedgraft.transforms.chain import Sending
-from fedgraft.transforms.secure_aggregation.client import masked_questions
 from fedgraft.tree import Tree
 
 
@@ -57,8 +56,14 @@ class Holdings:
             ValueError: the rows cannot be read, or a client has none to be evaluated on.
         """
         self.recipe, self.memories, self.hear = recipe, memories, hear
-        privacy, coding = recipe.privacy, recipe.compression
-        self.sending = Sending(privacy=privacy, compression=coding, seed=recipe.seed, memories=memories, discreet=discreet)
+        self.sending = Sending(
+            privacy=recipe.privacy,
+            compression=recipe.compression,
+            secure=recipe.secure_aggregation,
+            seed=recipe.seed,
+            memories=memories,
+            discreet=discreet,
+        )
         self.method = recipe.build_method()
         self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
         check_rows(self.clients.values(), recipe.evaluation.split)
@@ -120,10 +125,8 @@ class Holdings:
         questions = site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends)
         if lends:
             questions["train"] = attacking(self.recipe.attack, list(self.federated), self.recipe.seed, questions["train"])
-        secure, sent = self.recipe.secure_aggregation, self.sending.questions(questions)
-        questions = masked_questions(secure, sent, method.merge.weight, self.memories.parent)  # the outermost, so nothing comes after
         return Site(
-            questions=questions | {"router": _router},
+            questions=self.sending.questions(questions, method.merge.weight) | {"router": _router},
             open_client=self.open,
             store=MemoryStore(self.memories),
         )

@@ -96,10 +96,10 @@ class Session:
         self.due = secure_due(recipe.secure_aggregation, due_replies(self.method, recipe.federation.norm_limit, self.guarantee.due))
         self.engine = self.reach.engine()
         self.progress.step("model")
-        federation, asked = recipe.federation, recipe.federation.clients_of(len(self.reach.sites))
+        asked = recipe.federation.clients_of(len(self.reach.sites))
         self.secure = SecureRounds(recipe.secure_aggregation, recipe.seed, self._heard, self.engine, self)
-        sums = self.secure.plan(self.method.merge, asked, lambda: [card.rows["train"] for card in self.reach.cards()])
-        keeps = self.kept.plan(self.account.bytes_up() * widening(recipe.compression), asked, federation.rounds)
+        sums = self.secure.plan(self.method.merge, asked, self.guarantee.rows, self.guarantee.contribution, self.shapes)
+        keeps = self.kept.plan(self.account.bytes_up() * widening(recipe.compression), asked, recipe.federation.rounds)
         self.progress.tell(
             [*summary(self.account), *self.guarantee.lines(), *summary_lines(recipe.compression, self.shapes), *sums, *keeps]
         )

@@ -28,7 +28,7 @@ from fedgraft.recipe import Recipe, check_values
 from fedgraft.report.record import read_document, write_document
 from fedgraft.tree import Predicate
 
-BOUND = ("method", "lora", "graft", "privacy", "compression")
+BOUND = ("method", "lora", "graft", "privacy", "secure_aggregation", "compression")
 """Sections of a recipe that decide which leaves are personal, and how the others are protected; a run keeps them for good."""
 
 

@@ -15,6 +15,7 @@ from fedgraft.transforms.accountant import check_installed, epsilon
 from fedgraft.transforms.client_privacy import CLIP, WITHIN, Terms, protected
 from fedgraft.transforms.noise import Noise
 from fedgraft.transforms.privacy import ClientPrivacy, ExamplePrivacy, NoPrivacy, Planned
+from fedgraft.transforms.secure_aggregation.contribution import Contribution
 
 WHAT = {"client": "clients", "examples": "rows"}
 
@@ -99,7 +100,14 @@ class Guarantee:
     def terms(self) -> Terms | None:
         """What clients' changes are merged by; None where they are not noised."""
         settings, expected = self.recipe.privacy, self.recipe.federation.clients_of(len(self.sites))
-        return Terms(settings=settings, expected=expected, noise=self.noise) if isinstance(settings, ClientPrivacy) else None
+        if not isinstance(settings, ClientPrivacy):
+            return None
+        return Terms(settings=settings, expected=expected, noise=self.noise, masked=self.contribution is not None)
+
+    @property
+    def contribution(self) -> Contribution | None:
+        """What a client may contribute to the sum that alone is seen; None where clients' changes are not noised, or are seen."""
+        return None if self.recipe.secure_aggregation.name == "none" else Contribution.of(self.recipe.privacy)
 
     @cached_property
     def rates(self) -> Mapping[str, float]:
