@@ -24,7 +24,7 @@ LAYERS = (
     {"methods"},
     {"training", "aggregation", "selection"},
     {"grafts", "moe", "data"},
-    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals", "words", "yaml_text", "intervals"},
+    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals", "turns", "words", "yaml_text", "intervals"},
 )
 BESIDE = {
     "grafts": {"moe"},
