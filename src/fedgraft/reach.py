@@ -254,6 +254,8 @@ def _introduced(
 ) -> GridEngine:
     """An engine whose clients have introduced themselves."""
     _refuse_pool(recipe)
+    if recipe.selection.file is not None:
+        raise ValueError("selection.file: clients behind an engine never see that file; remove it, or run with engine.name: inprocess")
     engine = GridEngine(
         recipe=recipe.model_dump(mode="json", exclude_unset=True, exclude={"engine": True, "lora": {"init"}}),
         listener=listener,

@@ -63,7 +63,7 @@ class Layered:
         Args:
             batches: all of them; their hidden states are kept, in memory or in `spill`.
             at: called with a batch's position before each decoder layer that it passes; what it raises ends everything.
-            passed: called with (decoder layers done, all of them) after each.
+            passed: called with (decoder layers done, all of them) at the start and after each.
             spill: an existing folder for hidden states, memory-mapped, in the place of memory.
 
         Raises:
@@ -74,6 +74,7 @@ class Layered:
         with self._stopping(keep) as begin:
             forwards = [begin(*batch) for batch in batches]
             try:
+                passed(0, last + 1)
                 for forward in forwards:
                     forward.go_on(None)
                 for number in range(last + 1):
