@@ -43,7 +43,7 @@ def write_checkpoint(folder: Path, layers: int, small: bool) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     tokenizer = Path(__file__).parents[1] / "src" / "fedgraft" / "assets" / "base"
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tokenizer / name, folder / name)
     shards: dict[str, str] = {}
     total, rng = 0, torch.Generator().manual_seed(0)
@@ -145,7 +145,7 @@ def child(folder: Path, tokens: int, threads: int, group: str) -> None:
     from fedgraft.moe.layered import Layered
 
     seconds = {"reading": 0.0, "computing": 0.0}
-    read, clocks = [0], [time.perf_counter()]
+    read = [0]
     put, layer = LayerWeights.put, Layered._layer
 
     def timed_put(self: LayerWeights, number: int) -> None:
@@ -157,11 +157,10 @@ def child(folder: Path, tokens: int, threads: int, group: str) -> None:
     def timed_layer(self: Layered, *arguments: Any, **options: Any) -> None:
         began, before = time.perf_counter(), seconds["reading"]
         layer(self, *arguments, **options)
-        clocks.append(time.perf_counter())
-        seconds["computing"] += clocks[-1] - began - (seconds["reading"] - before)
+        seconds["computing"] += time.perf_counter() - began - (seconds["reading"] - before)
 
     LayerWeights.put, Layered._layer = timed_put, timed_layer  # type: ignore[method-assign]
-    start, watch, began = anonymous(), Watch(), time.perf_counter()
+    watch, began = Watch(), time.perf_counter()
     recipe: dict[str, Any] = {
         "model": {"name": str(folder), "dtype": "bfloat16", "threads": threads},
         "data": {"max_length": 256},
@@ -169,7 +168,7 @@ def child(folder: Path, tokens: int, threads: int, group: str) -> None:
     }
     found = choose_beforehand(recipe, out=folder / "choices.json")
     total = time.perf_counter() - began
-    told = {"peak": watch.end(), "start": start, "read": read[0], "total": total, **seconds, "clients": len(found.choices)}
+    told = {"peak": watch.end(), "read": read[0], "total": total, **seconds, "clients": len(found.choices)}
     peaks = [Path(group, name) for name in PEAKS if group and Path(group, name).exists()]
     told["group_peak"] = int(peaks[0].read_text(encoding="ascii")) if peaks else 0
     print(json.dumps(told))
@@ -198,10 +197,8 @@ def main() -> None:
     name = f"stream_selection_{arguments.layers}{'_small' if arguments.small else ''}"
     figures = {
         "checkpoint_GB": round(size / 1e9, 2),
-        "limit_GiB": arguments.limit if group else None,
+        **({"limit_GiB": arguments.limit, "group_peak_GiB": round(told["group_peak"] / 2**30, 3)} if group else {}),
         "peak_anonymous_GiB": round(told["peak"] / 2**30, 3),
-        "before_GiB": round(told["start"] / 2**30, 3),
-        "group_peak_GiB": round(told["group_peak"] / 2**30, 3) or None,
         "read_GB": round(told["read"] / 1e9, 2),
         "seconds": round(told["total"], 1),
         "seconds_a_layer": round((told["reading"] + told["computing"]) / arguments.layers, 2),
