@@ -95,6 +95,11 @@ def test_a_site_reads_no_file_that_a_coordinator_names(world: World, chosen: Pat
     assert "selection.file: a site reads no file" in str(answer.facts["reason"])
 
 
+def test_clients_behind_an_engine_never_see_it(world: World, chosen: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"selection\.file: clients behind an engine never see that file"):
+        run(with_file(world, chosen, engine={"name": "flower-simulation"}), out=tmp_path / "run")
+
+
 def test_the_command(world: World, chosen: Path, tmp_path: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = world.write(tmp_path / "recipe.yaml")
