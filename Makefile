@@ -47,6 +47,7 @@ bench: $(READY) ## A round beside a plain PyTorch loop, memory with 200 clients 
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/serve.py
 	for size in qwen1.5-moe-a2.7b qwen3-30b-a3b; do $(BIN)/python benchmarks/full_size.py tests/account/configs/$$size.json --small; done
+	$(BIN)/python benchmarks/stream.py --layers 4 --limit 5
 	$(BIN)/python benchmarks/report.py
 
 bench-peers: $(READY) ## fedgraft beside Trainer, TRL, Flower and NVFlare on the same tokens; installs them from PyPI into build/peers (PEERS="--small" to try)

@@ -78,6 +78,16 @@ Flower message. They take turns within one run. A SuperNode looks for messages e
 ServerApp merges replies as it pulls them, one at a time. Those that have come and are not pulled yet wait in the SuperLink, Flower's own
 process, which keeps them in memory.""",
     ),
+    "Choosing experts on a base larger than memory": (
+        ("stream_selection_24", "stream_selection_4"),
+        """`fedgraft select` on a checkpoint with random bf16 weights at the sizes of Qwen1.5-MoE-A2.7B with 24 layers (28.6 GB, the
+real one's) and with 4, in a control group that is given `limit GiB`: a process that held more would be killed. Four clients choose by 512
+tokens each. The ratio is the peak of the process's anonymous memory (libraries and all) over the checkpoint's size; pages of files, which
+the system takes back when it needs them, are not in it. A layer's seconds are reading and joining its experts and measuring them;
+`computing share` is the part of the second. The digest of the base, another read of all files, is in `seconds`.
+
+    python benchmarks/stream.py --layers 24 --limit 8""",
+    ),
     "Full-size models on one GPU": (
         ("full_size_qwen1.5-moe-a2.7b", "full_size_qwen3-30b-a3b"),
         """Random bf16 weights at the sizes of Qwen1.5-MoE-A2.7B and Qwen3-30B-A3B: every expert of every layer on 128 x 2,048 calibration

@@ -73,8 +73,10 @@ class Holdings:
         """Keep the unseen clients out of the federation; for a process that holds the rows of all clients.
 
         Raises:
-            ValueError: as `held_out`.
+            ValueError: as `held_out`, or choices made beforehand would know more rows of them than they are given.
         """
+        if self.recipe.selection.file is not None and self.recipe.evaluation.unseen.clients:
+            raise ValueError("selection.file: unseen clients choose by their first rows, in the run; leave out one of the two")
         rows = {name: len(data.train) for name, data in self.clients.items()}
         self.unseen = held_out(self.recipe.evaluation.unseen, rows, self.method, self.recipe.seed)
 
@@ -257,6 +259,8 @@ class Host:
             recipe = check_values(self.own(values), "the coordinator's recipe")
             if recipe.lora.init is not None:  # a folder of another machine; here it would be one of the site's
                 raise ValueError("lora.init: a site reads no folder that a coordinator names; install the coordinator's fedgraft version")
+            if recipe.selection.file is not None:
+                raise ValueError("selection.file: a site reads no file that a coordinator names; leave it out of the recipe")
             self._held = ((run, values), Holdings(recipe, self.memories(run), discreet=self.discreet))
         return self._held[1]
 

@@ -13,10 +13,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fedgraft.bundle import Bundle
 from fedgraft.moe.catalogue import families
 from fedgraft.moe.family import anatomy_of, router_matrix
+from fedgraft.moe.layered import open_layered
+from fedgraft.moe.load import load_base
 from fedgraft.moe.padding import can_compact, compacted
 from fedgraft.moe.routing import watching
+from fedgraft.moe.settings import ModelSettings
 from fedgraft.selection.choose import choose
 from fedgraft.selection.profile import measure
+from fedgraft.selection.streamed import measure_streamed
 from fedgraft.tree import equal
 from tests.families.conftest import CHOSEN, chosen, leaves, merge_by_hand
 from tests.families.twins import E, H, ids, shared_twin, twin
@@ -310,3 +314,15 @@ def test_what_is_not_supported_has_a_reason_that_holds(name):
             anatomy_of(twin(name))
     else:
         assert WITHOUT[name] == "no causal language model in transformers"
+
+
+@every_family
+def test_experts_measured_one_layer_at_a_time_from_disk_are_those_measured_in_memory(name, tmp_path, tiny_tokenizer):
+    twin(name).save_pretrained(tmp_path, max_shard_size="60KB")
+    tiny_tokenizer.save_pretrained(tmp_path)
+    settings = ModelSettings(name=str(tmp_path), device="cpu")
+    batches = [Rows(ids(), torch.ones(2, 10)), Rows(ids(1, 7), torch.ones(1, 7))]
+    whole = measure(load_base(settings), batches, 25)
+    layered = measure_streamed(open_layered(settings), {"client": batches}, 25)["client"]
+    assert torch.equal(layered.error_LE, whole.error_LE)
+    assert torch.equal(layered.mass_LE, whole.mass_LE)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 from torch import Tensor
@@ -24,6 +25,7 @@ from fedgraft.bundle import Bundle, Fact
 from fedgraft.grafts.graft import Experts, adapter_shapes
 from fedgraft.grafts.lora import LoraSettings, Shapes
 from fedgraft.moe.family import Anatomy
+from fedgraft.selection.prepared import Wanted, prepared_choice
 from fedgraft.selection.select import Choice, select_experts
 from fedgraft.training.client import Client
 from fedgraft.training.local_rules import LocalRule, plain
@@ -111,12 +113,15 @@ def grow_graft(method: Method, client: Client, package: Bundle) -> Bundle:
 
 
 def choose_experts(client: Client) -> Choice:
-    """The source experts of its own grafts, by the recipe's criterion and text."""
-    graft = client.model.graft_settings
+    """The source experts of its own grafts, by the recipe's criterion and text, or as they were chosen beforehand."""
+    graft, base, settings = client.model.graft_settings, client.model.base, client.selection
+    if settings.file is not None:
+        wanted = Wanted(base=base, data=client.data, settings=settings, per_layer=graft.per_layer, mixture=graft.mixture)
+        return prepared_choice(Path(settings.file), wanted)
     return select_experts(
-        client.model.base,
+        base,
         client.calibration(),
-        client.selection,
+        settings,
         graft.per_layer,
         client.seed,
         client.name,

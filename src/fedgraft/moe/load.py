@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgraft.moe.architecture import Architecture, stray_text_weights
-from fedgraft.moe.checkpoint import inspect_folder
+from fedgraft.moe.checkpoint import Checkpoint, inspect_folder
 from fedgraft.moe.family import Anatomy, Family, anatomy_of
 from fedgraft.moe.hub import hub_weights
 from fedgraft.moe.memory import check_room, means_out_of_memory
@@ -102,16 +102,38 @@ def load_base(settings: ModelSettings) -> Base:
         torch.set_num_threads(settings.threads)
     plan = examine(settings)
     check_room(settings.name, plan.needed, plan.room, settings)
-    checkpoint = plan.checkpoint or inspect_folder(hub_weights(settings, str(plan.commit)))
-    where = f"model.name {settings.name!r}:"
-    try:
-        check_plain(plan.architecture, checkpoint)
-        tokenizer = _tokenizer(checkpoint.folder, plan.architecture)
+    checkpoint = checkpoint_of(settings, plan)
+    with naming(settings):
+        tokenizer = tokenizer_of(checkpoint.folder, plan.architecture)
         model = _model(checkpoint.folder, plan)
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from error
-    digest = _digest(checkpoint.folder) if plan.commit is None else _digest_of_commit(settings.name, plan.commit)
+    digest = digest_of(settings, plan, checkpoint)
     return prepare(settings.name, model, tokenizer, digest, (*plan.notes, *file_notes(settings, checkpoint)))
+
+
+@contextmanager
+def naming(settings: ModelSettings) -> Iterator[None]:
+    """Errors say which model they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"model.name {settings.name!r}: {error}") from error
+
+
+def checkpoint_of(settings: ModelSettings, plan: Plan) -> Checkpoint:
+    """The weight files, downloaded where the model is a hub name.
+
+    Raises:
+        ValueError: they are incomplete, damaged, or packed without saying so.
+    """
+    checkpoint = plan.checkpoint or inspect_folder(hub_weights(settings, str(plan.commit)))
+    with naming(settings):
+        check_plain(plan.architecture, checkpoint)
+    return checkpoint
+
+
+def digest_of(settings: ModelSettings, plan: Plan, checkpoint: Checkpoint) -> str:
+    """What tells this base from every other: `Base.digest`."""
+    return _digest(checkpoint.folder) if plan.commit is None else _digest_of_commit(settings.name, plan.commit)
 
 
 def prepare(name: str, model: Any, tokenizer: Any, digest: str, notes: tuple[str, ...] = ()) -> Base:
@@ -154,7 +176,12 @@ def probe(model: nn.Module, sites: list[Site], device: torch.device | str = "cpu
         raise ValueError(f"{wrong[0]}: ran {fired[wrong[0]]} times in one forward, so a graft there would not act as specified")
 
 
-def _tokenizer(folder: Path, architecture: Architecture) -> Any:
+def tokenizer_of(folder: Path, architecture: Architecture) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: it cannot be read or belongs to another model.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -7,7 +7,7 @@ per layer, k = experts per token, I = expert width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,23 +89,55 @@ def measure(
         ValueError: a budget below 1, no real token, outputs that are not finite, or Gram matrices beyond `GRAM_BYTES`.
     """
     assert not base.model.training, "calibration runs the model as it predicts: call eval() first"
-    _check_budget(base.sites, tokens, gram)
-    meter = _Meter(base, tokens, gram)
+    check_budget(base.sites, tokens, gram)
+    meter = Meter(base, tokens, gram)
     with torch.no_grad(), watching(base.sites, meter.see):
-        for batch in batches:
-            mask = batch.mask.to(base.device) != 0
-            meter.real = _first(mask.flatten(), tokens - meter.seen)
-            if bool(meter.real.any()):
-                base.model.base_model(input_ids=batch.ids.to(base.device), attention_mask=mask.long(), use_cache=False)
-                meter.seen += int(meter.real.sum())
+        for part in parts(batches, tokens, base.device):
+            meter.take(part)
+            if part.tokens:
+                base.model.base_model(input_ids=part.ids, attention_mask=part.mask, use_cache=False)
             if progress is not None:
                 progress(meter.seen)
-            if meter.seen == tokens:
-                break
     return meter.profile()
 
 
-def _check_budget(sites: list[Site], tokens: int, gram: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A batch, and what of it is within a budget of tokens."""
+
+    ids: Tensor
+    """[B, T]"""
+    mask: Tensor
+    """[B, T] int64, 1 at real tokens"""
+    real: Tensor
+    """[B * T] bool, the tokens that count"""
+    before: int
+    """Tokens that counted in earlier batches"""
+
+    @property
+    def tokens(self) -> int:
+        """How many count."""
+        return int(self.real.sum())
+
+
+def parts(batches: Iterable[Tokens], tokens: int, device: torch.device) -> Iterator[Part]:
+    """The batches on a device, until `tokens` real tokens have come; no more are drawn."""
+    seen = 0
+    for batch in batches:
+        mask = batch.mask.to(device) != 0
+        part = Part(ids=batch.ids.to(device), mask=mask.long(), real=_first(mask.flatten(), tokens - seen), before=seen)
+        seen += part.tokens
+        yield part
+        if seen == tokens:
+            return
+
+
+def check_budget(sites: list[Site], tokens: int, gram: bool) -> None:
+    """Refuse a budget below 1, or Gram matrices beyond `GRAM_BYTES`.
+
+    Raises:
+        ValueError: with the budget that fits.
+    """
     if tokens < 1:
         raise ValueError(f"selection.tokens is {tokens}; calibration needs at least 1 token")
     per_token = sum(4 * site.num_experts**2 for site in sites)
@@ -121,21 +153,26 @@ def _first(real: Tensor, budget: int) -> Tensor:
     return real & (real.cumsum(0) <= budget)
 
 
-class _Meter:
-    """The running sums of one pass."""
+class Meter:
+    """The running sums of one client."""
 
     def __init__(self, base: Base, tokens: int, gram: bool) -> None:
         layers, experts = len(base.sites), base.sites[0].num_experts
         self.base, self.gram = base, gram
         self.slot = {site.path: number for number, site in enumerate(base.sites)}
         self.real = torch.zeros(0, dtype=torch.bool)
-        self.seen = 0
+        self.before = self.seen = 0
         self.full = torch.zeros(2, layers, dtype=torch.float64)  # R normalised, R raw
         self.per_expert = torch.zeros(6, layers, experts, dtype=torch.float64)  # ||O||^2, <R, O>, raw <R, O>, count, mass, strength
         kept = tokens if gram else 0
         self.token_scores = torch.empty(layers, kept, experts)
         self.token_dot = torch.empty(layers, kept, experts, dtype=torch.float64)
         self.token_gram = torch.empty(layers, kept, experts, experts)
+
+    def take(self, part: Part) -> None:
+        """The forwards that follow are of this part; it may come again for another layer."""
+        self.real, self.before = part.real, part.before
+        self.seen = max(self.seen, part.before + part.tokens)
 
     def see(self, site: Site, routed: Routed) -> None:
         """Add the real tokens of one layer's forward."""
@@ -144,7 +181,7 @@ class _Meter:
         rows = max(1, CHUNK_BYTES // (8 * site.num_experts * x.shape[1])) if self.gram else len(x)
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            self._add(site, self.seen + start, x[part], index[part], weight[part])
+            self._add(site, self.before + start, x[part], index[part], weight[part])
 
     def _add(self, site: Site, start: int, x: Tensor, index: Tensor, weight: Tensor) -> None:
         """Add tokens `start`, `start` + 1, ... of the pass."""

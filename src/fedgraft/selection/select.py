@@ -9,7 +9,7 @@ from fedgraft import seeds
 from fedgraft.data.batches import Batch
 from fedgraft.moe.load import Base
 from fedgraft.selection.choose import choose, losses, needs_gram, shares
-from fedgraft.selection.profile import measure
+from fedgraft.selection.profile import Profile, measure
 from fedgraft.selection.settings import SelectionSettings
 
 
@@ -45,8 +45,18 @@ def select_experts(
         ValueError: unknown criterion, or more grafts than experts.
     """
     budget = settings.budget(base.device.type)
+    gram = needs_gram(settings.criterion, max(per_layer, mixture))
+    profile = measure(base, batches, budget, gram=gram, progress=lambda seen: report(seen, budget))
+    return choice_by(profile, settings, per_layer, seed, client, mixture)
+
+
+def choice_by(profile: Profile, settings: SelectionSettings, per_layer: int, seed: int, client: str, mixture: int = 1) -> Choice:
+    """What a profile says; as `select_experts`.
+
+    Raises:
+        ValueError: as `select_experts`.
+    """
     wanted = max(per_layer, mixture)
-    profile = measure(base, batches, budget, gram=needs_gram(settings.criterion, wanted), progress=lambda seen: report(seen, budget))
     experts = choose(settings.criterion, profile, wanted, seeds.numpy_rng(seed, "selection", client))
     mixed = zip(experts, shares(settings.criterion, profile, experts), strict=True) if mixture > 1 else ()
     return Choice(

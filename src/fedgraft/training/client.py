@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +12,8 @@ from torch import Tensor
 from fedgraft import seeds
 from fedgraft.bundle import Bundle
 from fedgraft.data.batches import Batch, Row, by_length, collate, encode, round_rows
+from fedgraft.data.calibration import BATCH, generic_rows, in_batches, own_rows
 from fedgraft.data.example import Example
-from fedgraft.data.general_text import calibration_texts
 from fedgraft.data.partition import ClientData
 from fedgraft.data.settings import DataSettings
 from fedgraft.grafts.graft import Experts, GraftedModel
@@ -122,23 +121,13 @@ class Client:
     def _per_step(self) -> int:
         return min(self.training.batch_size, self.examples)
 
-    def calibration(self, batch_size: int = 8) -> Iterator[Batch]:
+    def calibration(self, batch_size: int = BATCH) -> Iterator[Batch]:
         """Batches for expert selection: its own prompt + response text in a random order of its own, or generic text (`selection.text`)."""
-        rows = self._generic_rows() if self.selection.text == "generic" else self._own_rows()
-        while part := list(islice(rows, batch_size)):
-            yield collate(part, self.model.base.pad_id).to(self.model.base.device)
-
-    def _own_rows(self) -> Iterator[Row]:
-        for index in seeds.numpy_rng(self.seed, "calibration", self.name).permutation(self.examples):
-            yield self._row(self.data.train[int(index)])
-
-    def _generic_rows(self) -> Iterator[Row]:
-        """The shipped documents in an order that is the same for every client, cut into rows."""
-        texts, length = calibration_texts(), self.data_settings.max_length
-        for index in seeds.numpy_rng(self.seed, "calibration").permutation(len(texts)):
-            ids = self.model.base.tokenizer(texts[int(index)], add_special_tokens=False, verbose=False)["input_ids"]
-            for start in range(0, len(ids), length):
-                yield Row(ids[start : start + length], start=0)
+        base, length = self.model.base, self.data_settings.max_length
+        own = self.selection.text == "own"
+        rows = own_rows(self.data.train, self._row, self.seed, self.name) if own else generic_rows(base.tokenizer, length, self.seed)
+        for batch in in_batches(rows, base.pad_id, batch_size):
+            yield batch.to(base.device)
 
     def fit(
         self,
