@@ -43,9 +43,11 @@ from the size of the adapters (NVFlare). Versions are pinned in `constraints.txt
     ),
     "A cohort against the plain PyTorch loop": (
         ("cohort8", "cohort8_bf16", "cohort8_autocast"),
-        """As above with 8 clients that train at once (`engine.cohort: 8`) and rows of at most 128 tokens: with the base in
-single precision, with the base in bfloat16 (leaves in fp32), and under bfloat16 autocast; the plain loop has the same. It is that of
-`sequential`. Both have one thread: with two (`--threads 2`) a cohort was slower on this machine, whose cores are shared.""",
+        """As above with 8 clients (a Dirichlet split) that train at once (`engine.cohort: 8`) and rows of at most 128 tokens: with the
+base in single precision, with the base in bfloat16 (leaves in fp32), and under bfloat16 autocast; the plain loop has the same. It is
+that of `sequential`. Both have one thread: with two (`--threads 2`) a cohort was slower on this machine, whose cores are shared. The
+floor is the CPU time of all matrix products of one more round of fedgraft, attention included, each timed in its place: `floor ratio`
+is what would be left if all else took no time.""",
     ),
     "Memory with many clients": (
         ("memory200", "memory200_all"),

@@ -19,7 +19,7 @@ from fedgraft.moe.checkpoint import Checkpoint, inspect_folder
 from fedgraft.moe.family import Anatomy, Family, anatomy_of
 from fedgraft.moe.hub import hub_weights
 from fedgraft.moe.memory import check_room, means_out_of_memory
-from fedgraft.moe.padding import can_compact, compacted
+from fedgraft.moe.padding import Compaction, spared
 from fedgraft.moe.plan import Plan, examine, file_notes
 from fedgraft.moe.quantise import check_plain, quiet_torchao
 from fedgraft.moe.settings import ModelSettings
@@ -53,17 +53,22 @@ class Base(Anatomy):
         return int(token if token is not None else self.tokenizer.eos_token_id)
 
     @cached_property
+    def _compaction(self) -> Compaction:
+        return Compaction.tried(self, self.device)
+
+    @property
     def compacts(self) -> bool:
         """Whether `without_padding` is for this model; it is tried out when first asked, in evaluation mode."""
-        return can_compact(self, self.device)
+        return self._compaction.padding
 
-    def without_padding(self, mask: Tensor) -> AbstractContextManager[None]:
-        """A forward of rows with this mask [B, L] inside the block spares MoE layers the padding; equal to rounding at real tokens.
+    def without_padding(self, mask: Tensor, read: Tensor) -> AbstractContextManager[None]:
+        """A forward of rows with this mask [B, L] inside the block spares MoE layers the padding; equal to rounding where it is `read`.
 
-        Whatever watches or adapts these layers then sees the N real tokens, in the order of the rows.
+        If nothing else reads what the last of them makes of a position, it is spared all but those positions ([B, L] bool). Whatever
+        watches or adapts these layers then sees the N tokens that are left, in the order of the rows.
         """
         assert self.compacts
-        return compacted([site.block for site in self.sites], mask)
+        return spared([site.block for site in self.sites], mask, read if self._compaction.unread else None)
 
     @contextmanager
     def logits_at(self, chosen: Tensor) -> Iterator[None]:

@@ -138,7 +138,7 @@ def _part(steps: Sequence[Step], number: int) -> list[float]:
     model, settings = steps[0].use.model, steps[0].use.settings
     device, parts = model.base.device, [step.parts[number] for step in steps]
     batch = stacked(parts, model.base.pad_id).to(device)
-    with model.using_lanes(list(_lanes(steps, parts))), sparing(model, batch.mask, steps[0].compact):
+    with model.using_lanes(list(_lanes(steps, parts))), sparing(model, batch, steps[0].compact):
         with autocast(settings.precision, device), model.base.logits_at(batch.predicting):
             logits = model.base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
         each = F.cross_entropy(logits.float(), batch.targets, reduction="none").split([part.response_tokens for part in parts])
@@ -152,4 +152,5 @@ def _lanes(steps: Sequence[Step], parts: Sequence[Batch]) -> Iterator[Lane]:
     for step, part in zip(steps, parts, strict=True):
         rows, length = part.ids.shape
         step.draws.begin()
-        yield Lane(fitted=step.fitted, rows=rows, length=length, tokens=part.tokens, draws=step.draws)
+        counts = (part.tokens, part.response_tokens)
+        yield Lane(fitted=step.fitted, rows=rows, length=length, counts=counts, draws=step.draws)
