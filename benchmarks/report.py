@@ -32,6 +32,12 @@ allocator that keeps freed memory.""",
 single precision, with the base in bfloat16 (leaves in fp32), and under bfloat16 autocast; the plain loop has the same. It is that of
 `sequential`. Both have one thread: with two (`--threads 2`) a cohort was slower on this machine, whose cores are shared.""",
     ),
+    "Training by rows": (
+        ("dp_sgd",),
+        """A step of DP-SGD (`privacy.name: examples`: each row's gradient by itself, clipped, the sum noised) against one over the batch,
+FedAvg on the embedded base, the demo's four clients, 8 rows a step (drawn independently with privacy, so on average), rows of at most 256
+tokens. Drawing noise is in it, tokenising is not. The two take turns client by client, and which begins changes from round to round.""",
+    ),
     "Memory with many clients": (
         ("memory200", "memory200_all"),
         """Peak resident memory of a whole run on the embedded base with 200 clients against one with 4, each run in a process of its own.
