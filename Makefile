@@ -10,7 +10,7 @@ SOURCES := src tests $(wildcard tools benchmarks)
 
 .DEFAULT_GOAL := help
 SHELL := bash
-.PHONY: help demo test test-deploy fuzz audit check static bench docs venv clean
+.PHONY: help demo test test-deploy fuzz audit check static bench bench-peers docs venv clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,10 @@ bench: $(READY) ## A round beside a plain PyTorch loop, memory with 200 clients 
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/serve.py
 	for size in qwen1.5-moe-a2.7b qwen3-30b-a3b; do $(BIN)/python benchmarks/full_size.py tests/account/configs/$$size.json --small; done
+	$(BIN)/python benchmarks/report.py
+
+bench-peers: $(READY) ## fedgraft beside Trainer, TRL, Flower and NVFlare on the same tokens; installs them from PyPI into build/peers (PEERS="--small" to try)
+	$(BIN)/python benchmarks/peers.py $(PEERS)
 	$(BIN)/python benchmarks/report.py
 
 docs: $(READY) ## Write the generated pages of docs/ and build the site in build/site

@@ -12,9 +12,9 @@ from fedgraft import files
 TARGET = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
-Written by `python benchmarks/report.py` from `benchmarks/results.json`; `make bench` measures everything anew. Ratios below 1 are in
-fedgraft's favour. The machine was shared with other work, so absolute seconds say little; the contestants of a ratio took turns in one
-process, or ran one after another, under the same load.
+Written by `python benchmarks/report.py` from `benchmarks/results.json`; `make bench` and `make bench-peers` measure everything anew. Ratios
+below 1 are in fedgraft's favour; in a row of a peer, in the peer's. The machine was shared with other work, so absolute seconds say little;
+the contestants of a ratio took turns in one process, or ran one after another, under the same load.
 """
 SECTIONS = {
     "A round against the plain PyTorch loop": (
@@ -25,6 +25,21 @@ trains the same leaves on batches made beforehand and averages in memory. `seque
 `sequential_lean` a head on the response tokens alone, which is fedgraft's way. Contestants take turns after every client; a ratio is taken
 per round after one to warm up, the table shows its median and range. Run with the environment that `make bench` sets: one thread, and an
 allocator that keeps freed memory.""",
+    ),
+    "Beside what one would use instead": (
+        ("peer_plain", "peer_fedgraft", "peer_trainer", "peer_trl", "peer_flower", "peer_nvflare"),
+        """FedAvg of LoRA (rank 8, attention) on a tiny random Mixtral: 4 layers, 8 experts of which 2 are used, 5 million parameters;
+4 clients x 4 steps x batch 4, rows of at most 128 tokens, one thread. All start from the same adapters and train on the same batches in the
+same order; each client's loss in each round must be the plain loop's to 1 in 10,000. `peer_plain` is a loop in PyTorch and PEFT, with the
+adapters averaged in memory; `peer_trainer` and `peer_trl` make a `Trainer` and an `SFTTrainer` for each client and round in such a loop;
+`peer_flower` and `peer_nvflare` are these frameworks' simulations and FedAvg around the plain loop's steps; `peer_fedgraft` is a run with
+all that belongs to it (memories on disk, record, commit). Rows are tokens before the clock starts, but for fedgraft, which tokenises;
+nobody logs, saves or evaluates that can be told not to. Each contestant runs in fresh processes that share one core, so that none gains by
+clients that train side by side. They take turns; a ratio is taken per round, against the same round of the plain loop in the same turn,
+without the first round of a run. The first step counts from the start of the process; peak memory is of all its processes, what they share
+counted once; bytes are both ways, all clients: those of the packages and replies (fedgraft), those of the arrays (Flower), or computed
+from the size of the adapters (NVFlare). Versions are pinned in `constraints.txt` and `benchmarks/peers/*.txt`. Needs PyPI the first time:
+`make bench-peers`.""",
     ),
     "A cohort against the plain PyTorch loop": (
         ("cohort8", "cohort8_bf16", "cohort8_autocast"),
