@@ -29,13 +29,18 @@ def decoded(settings, change):
     return settings.decode(settings.code(change), tuple(change.shape))
 
 
+def rounding(change, rank):
+    """Most that the factors' rounding can add: 2^-24 |L| |R| for each factor, whose norms are roots of the sum of the values sent."""
+    return 2.0**-23 * float(torch.linalg.svdvals(change)[:rank].sum()) * 1.01
+
+
 @given(seed=st.integers(0, 2**32), true=st.integers(0, 4), rank=st.integers(1, 4))
 def test_the_error_is_the_root_of_the_squared_singular_values_that_were_left_out(seed, true, rank):
     """Eckart and Young, from the singular values by themselves; so a change of no higher rank arrives whole, to the rounding of factors."""
     change = of_rank(true, seed) if true else torch.zeros(7, 12).double()
     tail = torch.linalg.svdvals(change)[rank:].square().sum().sqrt()
     error = (decoded(LowRank(rank=rank), change) - change).norm()
-    torch.testing.assert_close(error, tail, rtol=1e-5, atol=1e-9)
+    assert abs(float(error - tail)) <= rounding(change, rank)
     if rank >= true:
         assert error <= 1e-6 * change.norm()
 
@@ -50,7 +55,7 @@ def test_no_other_product_of_that_rank_is_nearer(seed, rank):
         for _ in range(4):
             left = change @ torch.linalg.pinv(right)
             right = torch.linalg.pinv(left) @ change
-        assert (left @ right - change).norm() >= error * (1 - 1e-6)
+        assert (left @ right - change).norm() >= error - rounding(change, rank)
 
 
 @pytest.mark.parametrize(
