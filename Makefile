@@ -42,6 +42,7 @@ check: static ## Format, lint, types and the architecture tests
 bench: $(READY) ## A round beside a plain PyTorch loop, memory with 200 clients beside 4, Flower beside its floor; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/plain_loop.py
 	$(BIN)/python benchmarks/cohort.py
+	$(BIN)/python benchmarks/dp_sgd.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/flower_overhead.py
 	$(BIN)/python benchmarks/generation.py

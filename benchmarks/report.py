@@ -49,6 +49,12 @@ that of `sequential`. Both have one thread: with two (`--threads 2`) a cohort wa
 floor is the CPU time of all matrix products of one more round of fedgraft, attention included, each timed in its place: `floor ratio`
 is what would be left if all else took no time.""",
     ),
+    "Training by rows": (
+        ("dp_sgd",),
+        """A step of DP-SGD (`privacy.name: examples`: each row's gradient by itself, clipped, the sum noised) against one over the batch,
+FedAvg on the embedded base, the demo's four clients, 8 rows a step (drawn independently with privacy, so on average), rows of at most 256
+tokens. Drawing noise is in it, tokenising is not. The two take turns client by client, and which begins changes from round to round.""",
+    ),
     "Memory with many clients": (
         ("memory200", "memory200_all"),
         """Peak resident memory of a whole run on the embedded base with 200 clients against one with 4, each run in a process of its own.

@@ -216,6 +216,8 @@ def test_categories_may_stay(opened, values):
         (request("join", {"model": "demo"}), "none that this fedgraft knows"),
         (request("join", {}, run="../../etc"), "cannot name a folder"),
         (request("join", {}, run=7), "none that this fedgraft knows"),
+        (Frame(kind="join", facts={"run": RUN}).encode(), "none that this fedgraft knows"),
+        (request("ask", {}, question="train", client=NAME, asked=0, committed=0), "none that this fedgraft knows"),
         (train({}, asked="0"), "none that this fedgraft knows"),
         (train({}, asked=True), "none that this fedgraft knows"),
         (train({}, clients=[1]), "none that this fedgraft knows"),

@@ -35,6 +35,8 @@ from fedgraft.report.tail import Tail
 from fedgraft.selection.prepared import read_choices
 from fedgraft.use.exported import ABOUT, LEAVES, ExportSource
 from fedgraft.use.prompts import read_prompts
+from tests.fuzz.server import BODIES, REQUESTS, posted, requested
+from tests.fuzz.site import guarded, requests
 
 LEAF = "layers.0.attention.q.A"
 SHARED = Bundle(trees={"shared": {LEAF: torch.arange(6.0).reshape(2, 3)}}, facts={"examples": 3, "loss": 0.5, "experts": [[1], [0]]})
@@ -302,6 +304,9 @@ READERS: dict[str, Reader] = {
         seeds=_json({"schema": 1, "name": "ada", "base_digest": "b", "about": {"client": "ada"}, "recipe": {"seed": 1}}),
         many=200_000,
     ),
+    "HTTP request": Reader(read=requested, seeds=REQUESTS, many=500_000),
+    "HTTP body": Reader(read=posted, seeds=BODIES, many=200_000),
+    "coordinator's request": Reader(read=lambda content: guarded(folder(), content), seeds=requests(), many=200_000),
     "base's weights": Reader(read=checkpoint, seeds=(SHARED.encode(),), many=200_000),
     "base's index": Reader(read=indexed, seeds=_json({"weight_map": {"a.weight": "model-00001-of-00002.safetensors"}}), many=200_000),
 }

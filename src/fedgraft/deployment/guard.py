@@ -50,7 +50,8 @@ class _Asked:
     def of(request: bytes) -> _Asked:
         frame = Frame.decode(request, "the coordinator's request")
         facts, asking = frame.facts, frame.kind == "ask"
-        recipe, clients = facts.get("recipe", {}), facts.get("clients", [])
+        recipe: Any = facts.get("recipe", {} if frame.kind == "leave" else None)
+        clients: Any = facts.get("clients", None if asking else [])
         texts = {name: facts.get(name, "") for name in ("run", "question", "client")}
         numbers = [facts.get(name) for name in ("asked", "committed")] if asking else []
         sections = isinstance(recipe, dict) and all(isinstance(section, dict | int | None) for section in recipe.values())
