@@ -70,7 +70,7 @@ def _poisson(settings: FederationSettings, clients: Sequence[str], seed: int, ro
     """The probability is one of all clients, so that it does not depend on who else is there."""
     rate = settings.clients_of(len(clients)) / len(clients)
     there = present(settings, clients, seed, round_number)
-    return [name for name in there if seeds.numpy_rng(seed, "sampling", round_number, name).random() < rate]
+    return [name for name in there if seeds.uniform(seed, "sampling", round_number, name) < rate]
 
 
 SAMPLES: dict[str, Callable[[FederationSettings, Sequence[str], int, int], list[str]]] = {"fixed": _fixed, "poisson": _poisson}
