@@ -5,6 +5,7 @@ All clients choose experts, grow a graft and are evaluated on one row.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -13,12 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedgraft.report.progress import Quiet
-from fedgraft.runner import run
 
 WORDS = (
     "the a river city house green old small people water time year work found under over made long great part place light open and of in"
@@ -30,7 +31,7 @@ class Plan:
     """What the clients of a measured run have and do."""
 
     rows: int = 50
-    """Of each client; 4 of 5 to train on."""
+    """Of each client; 8 of 10 to train on."""
     letters: int = 1_000
     """Of each row, about."""
     tokens: int = 192
@@ -40,6 +41,13 @@ class Plan:
     rounds: int = 1
     asked: int | None = None
     """Clients a round; None: all."""
+    experts: bool = True
+    """Whether routing and gates are measured."""
+
+
+Figures: TypeAlias = Mapping[str, float]
+Contestant: TypeAlias = Callable[[Path, Plan], Figures]
+"""Runs on a folder of clients' files and tells what it took."""
 
 
 def write_clients(folder: Path, clients: int, plan: Plan) -> None:
@@ -51,9 +59,8 @@ def write_clients(folder: Path, clients: int, plan: Plan) -> None:
             for number in range(plan.rows):
                 text = " ".join(rng.choices(words, k=plan.letters // 4))[: plan.letters]
                 split = {8: "validation", 9: "test"}.get(number % 10, "train")
-                sink.write(
-                    json.dumps({"instruction": text[: plan.letters // 3], "response": text[plan.letters // 3 :], "split": split}) + "\n"
-                )
+                row = {"instruction": text[: plan.letters // 3], "response": text[plan.letters // 3 :], "split": split}
+                sink.write(json.dumps(row) + "\n")
 
 
 class FirstQuestion(Quiet):
@@ -76,12 +83,14 @@ def recipe_of(data: Path, plan: Plan) -> dict[str, Any]:
         "selection": {"tokens": plan.tokens},
         "federation": {"rounds": plan.rounds, "clients_per_round": plan.asked},
         "training": {"steps": plan.steps, "batch_size": plan.batch_size, "lr": 1e-3},
-        "evaluation": {"models": ["personal"], "rows": 1, "generate": False, "knowledge_tokens": 0},
+        "evaluation": {"models": ["personal"], "rows": 1, "generate": False, "knowledge_tokens": 0, "experts": plan.experts},
     }
 
 
-def one_run(data: Path, plan: Plan) -> dict[str, float]:
-    """Run here: `peak_MiB`, `seconds`, `start_seconds` of them before the first question, `files` and `MiB` in its folder."""
+def whole_run(data: Path, plan: Plan) -> Figures:
+    """A run as `fedgraft run` does it: `peak_MiB`, `seconds`, `start_seconds` of them before the first question, `files` and `MiB` left."""
+    from fedgraft.runner import run
+
     first, began = FirstQuestion(), time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         run(recipe_of(data, plan), out=Path(out) / "run", progress=first)
@@ -96,15 +105,22 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def apart(script: str, clients: int, plan: Plan) -> dict[str, float]:
-    """What `script --child` prints on the clients of a plan, in a fresh process with the C library's own allocator settings."""
+def add_child(parser: argparse.ArgumentParser) -> None:
+    """The option by which a script is its own child."""
+    parser.add_argument("--child", nargs=3, metavar=("WHO", "DATA", "PLAN"), help="one contestant on the clients of a folder; internal")
+
+
+def be_child(child: tuple[str, str, str], contestants: Mapping[str, Contestant]) -> None:
+    """Print what a contestant took."""
+    who, data, plan = child
+    print(json.dumps(contestants[who](Path(data), Plan(**json.loads(plan)))))
+
+
+def apart(who: str, clients: int, plan: Plan) -> dict[str, float]:
+    """What a contestant takes on the clients of a plan, in a fresh process with the C library's own allocator settings."""
     settings = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     with tempfile.TemporaryDirectory() as data:
         write_clients(Path(data), clients, plan)
-        command = [sys.executable, script, "--child", data, json.dumps(asdict(plan))]
+        command = [sys.executable, sys.argv[0], "--child", who, data, json.dumps(asdict(plan))]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=settings)
         return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
-if __name__ == "__main__":
-    print(json.dumps(one_run(Path(sys.argv[2]), Plan(**json.loads(sys.argv[3])))))

@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import results
 import torch
 
-from fedgraft.aggregation.merges import Update, by_examples
-from fedgraft.tree import Tree, subtract
+from fedgraft.aggregation.merges import Difference, Update, by_examples
+from fedgraft.tree import Tree
 
 FOLDED, COPIED = 24, 8  # bytes moved for each fp32 number
 WIDE, NARROW, RANK = 4096, 2048, 16
@@ -39,11 +40,11 @@ def fold_seconds(state: Tree, replies: list[Tree]) -> list[float]:
     def updates() -> Iterator[Update]:
         for number, reply in enumerate(replies):
             marks.append(time.perf_counter())
-            yield Update(client=str(number), delta=subtract(reply, state), examples=number + 1)
+            yield Update(client=str(number), delta=Difference(reply, state), examples=number + 1)
 
     by_examples.run(updates())
     marks.append(time.perf_counter())
-    return [after - before for before, after in zip(marks[1:], marks[2:], strict=False)]
+    return [after - before for before, after in pairwise(marks[1:])]
 
 
 def copy_seconds(source: Tree, target: Tree) -> float:
