@@ -37,7 +37,8 @@ single precision, with the base in bfloat16 (leaves in fp32), and under bfloat16
         """Peak resident memory of a whole run on the embedded base with 200 clients against one with 4, each run in a process of its own.
 All clients choose experts, grow a graft and are evaluated; `memory200` trains 4 of them in each of 2 rounds, `memory200_all` trains all.
 Every client has 50 rows of about 1,000 characters. `memory4` and `memory400` are a round of so many against the plain PyTorch
-loop, which trains them one after another in the same model, keeps their own leaves in memory, and chooses, evaluates and writes nothing.""",
+loop, which trains them one after another in the same model and keeps their own leaves in memory; it chooses, evaluates and writes
+nothing.""",
     ),
     "From 4 to 4,000 clients": (
         ("scale_40", "scale_400", "scale_4000"),
