@@ -39,11 +39,13 @@ audit: ## Known vulnerabilities of the tested versions; asks PyPI about each, so
 check: static ## Format, lint, types and the architecture tests
 	$(BIN)/python -m pytest tests/architecture
 
-bench: $(READY) ## A round beside a plain PyTorch loop, memory with 200 clients beside 4, Flower beside its floor; writes docs/benchmarks.md
+bench: $(READY) ## A round beside a plain PyTorch loop, memory and time with many clients beside 4, Flower beside its floor; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/plain_loop.py
 	$(BIN)/python benchmarks/cohort.py
 	$(BIN)/python benchmarks/dp_sgd.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/flower_overhead.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/serve.py

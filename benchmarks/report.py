@@ -56,10 +56,24 @@ FedAvg on the embedded base, the demo's four clients, 8 rows a step (drawn indep
 tokens. Drawing noise is in it, tokenising is not. The two take turns client by client, and which begins changes from round to round.""",
     ),
     "Memory with many clients": (
-        ("memory200", "memory200_all"),
+        ("memory200", "memory200_all", "memory4", "memory400"),
         """Peak resident memory of a whole run on the embedded base with 200 clients against one with 4, each run in a process of its own.
 All clients choose experts, grow a graft and are evaluated; `memory200` trains 4 of them in each of 2 rounds, `memory200_all` trains all.
-Every client has 50 rows of about 1,000 characters.""",
+Every client has 50 rows of about 1,000 characters. `memory4` and `memory400` are a round of so many against the plain PyTorch
+loop, which trains them one after another in the same model and keeps their own leaves in memory; it chooses, evaluates and writes
+nothing.""",
+    ),
+    "From 4 to 4,000 clients": (
+        ("scale_40", "scale_400", "scale_4000"),
+        """Whole runs on the embedded base, each in a process of its own: every client has a file of 10 short rows, chooses experts, trains
+one step and is evaluated. Seconds a client are those after the first question, which comes after the start: loading the base and reading
+every file once. Files and kB a client are those of the run folder. `--most` adds 4,000 clients, for which `make bench` has no time.""",
+    ),
+    "Folding a reply": (
+        ("merge",),
+        """One reply of 200 MB (fp32) folded into the running weighted mean, against a copy of as many numbers by torch; one thread, in
+turns. For each number the fold reads 4 bytes of the reply, 4 of the state and 8 of the mean and writes 8 of the mean, which is held in
+float64; the copy reads 4 and writes 4. What the fold moves beyond that counts for nothing.""",
     ),
     "Writing answers": (
         ("generation", "generation_personal"),

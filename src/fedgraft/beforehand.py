@@ -67,7 +67,7 @@ def choose_beforehand(
         heard.begin("loading", 2)
         holdings = Holdings(recipe, path.parent)
         holdings.hold_out()
-        clients = holdings.sites | {name: holdings.clients[name] for name in holdings.unseen}
+        clients = holdings.pool or holdings.clients
         heard.step(f"data; next the outer parts of the base model {recipe.model.name}")
         layered = open_layered(recipe.model)
         base, settings, graft = layered.base, recipe.selection, recipe.graft

@@ -13,7 +13,8 @@ import torch
 from fedgraft import __version__
 from fedgraft.address import place_of
 from fedgraft.bundle import Bundle
-from fedgraft.data.partition import SAFE_NAME, ClientData, check_rows, data_digest, load_clients, pooled, split_rows, training_counts
+from fedgraft.data.clients import Clients, check_rows
+from fedgraft.data.partition import SAFE_NAME, ClientData, pooled
 from fedgraft.engine.card import Card
 from fedgraft.engine.site import Site
 from fedgraft.engine.wire import ECHOED, Frame
@@ -39,7 +40,7 @@ def training_of(recipe: Recipe, method: Method, clients: int) -> TrainingSetting
 
 
 class Holdings:
-    """Rows, base model and memories in one process, for one run. Rows are there at once, the model when it is first needed."""
+    """Rows, base model and memories in one process, for one run. Rows are read at once, the model when it is first needed."""
 
     def __init__(
         self, recipe: Recipe, memories: Path, hear: Callable[[str], Report] = lambda client: unheard, discreet: bool = False
@@ -65,8 +66,9 @@ class Holdings:
             discreet=discreet,
         )
         self.method = recipe.build_method()
-        self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
-        check_rows(self.clients.values(), recipe.evaluation.split)
+        self.clients = Clients(recipe.data, recipe.seed)
+        self.rows = {name: outline.rows for name, outline in self.clients.outlines.items()}
+        check_rows(self.rows, recipe.evaluation.split)
         self.unseen: list[str] = []
 
     def hold_out(self) -> None:
@@ -77,18 +79,24 @@ class Holdings:
         """
         if self.recipe.selection.file is not None and self.recipe.evaluation.unseen.clients:
             raise ValueError("selection.file: unseen clients choose by their first rows, in the run; leave out one of the two")
-        rows = {name: len(data.train) for name, data in self.clients.items()}
+        rows = {name: rows["train"] for name, rows in self.rows.items()}
         self.unseen = held_out(self.recipe.evaluation.unseen, rows, self.method, self.recipe.seed)
 
     @cached_property
-    def federated(self) -> dict[str, ClientData]:
-        """The clients of the federation."""
-        return {name: data for name, data in self.clients.items() if name not in self.unseen}
+    def federated(self) -> list[str]:
+        """Names of the clients of the federation."""
+        unseen = frozenset(self.unseen)
+        return [name for name in self.clients if name not in unseen]
 
     @cached_property
-    def sites(self) -> dict[str, ClientData]:
-        """Who trains."""
-        return pooled(self.federated) if self.method.pooled else self.federated
+    def sites(self) -> list[str]:
+        """Names of who trains."""
+        return list(self.pool) if self.method.pooled else self.federated
+
+    @cached_property
+    def pool(self) -> dict[str, ClientData]:
+        """The one site of a method that pools the clients' rows."""
+        return pooled({name: self.clients[name] for name in self.federated}) if self.method.pooled else {}
 
     @cached_property
     def base(self) -> Base:
@@ -126,7 +134,7 @@ class Holdings:
         method = settled(self.method, self.base, self.recipe.lora, list(names))
         questions = site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends)
         if lends:
-            questions["train"] = attacking(self.recipe.attack, list(self.federated), self.recipe.seed, questions["train"])
+            questions["train"] = attacking(self.recipe.attack, self.federated, self.recipe.seed, questions["train"])
         return Site(
             questions=self.sending.questions(questions, method.merge.weight) | {"router": _router},
             open_client=self.open,
@@ -137,7 +145,7 @@ class Holdings:
         """A client without its memory."""
         recipe = self.recipe
         return Client(
-            data=(self.clients | self.sites)[name],
+            data=self.pool[name] if name in self.pool else self.clients[name],
             model=self.model,
             seed=recipe.seed,
             data_settings=recipe.data,
@@ -148,12 +156,12 @@ class Holdings:
 
     def card(self, name: str) -> Card:
         """How a client introduces itself."""
-        data, hidden = self.clients[name], self.sending.hides_rows
+        known, hidden = self.clients.outlines[name], self.sending.hides_rows
         return Card(
             name=name,
-            rows={} if hidden else split_rows(data),
-            categories={} if hidden else training_counts(data),
-            data_digest=self.sending.digest(name, data_digest(data)),
+            rows={} if hidden else known.rows,
+            categories={} if hidden else known.categories,
+            data_digest=self.sending.digest(name, known.digest),
             base_digest=self.base.digest,
             base_notes=tuple(self.base.notes),
             device=str(self.base.device),

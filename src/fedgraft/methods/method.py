@@ -17,7 +17,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from fedgraft.address import is_residual, nothing, within
-from fedgraft.aggregation.merges import Merge, Update, by_examples
+from fedgraft.aggregation.merges import Difference, Merge, Update, by_examples
 from fedgraft.aggregation.replies import Form, as_packed, no_leaves
 from fedgraft.aggregation.server import Ask, Reply, Server
 from fedgraft.aggregation.server_steps import ServerStep, replace
@@ -29,7 +29,7 @@ from fedgraft.selection.prepared import Wanted, prepared_choice
 from fedgraft.selection.select import Choice, select_experts
 from fedgraft.training.client import Client
 from fedgraft.training.local_rules import LocalRule, plain
-from fedgraft.tree import Predicate, Tree, combine, partition, subtract
+from fedgraft.tree import Predicate, Tree, combine, partition
 
 RowShares: TypeAlias = Callable[[Sequence[Sequence[int]]], Tensor]
 """The prompts of some rows as token ids -> one share in [0, 1] for each [rows]; no leaves are in use meanwhile."""
@@ -94,7 +94,7 @@ def absorb_updates(method: Method, server: Server, replies: Iterator[Reply]) -> 
             examples = reply.bundle.facts["examples"]
             assert isinstance(examples, int)
             try:
-                delta = subtract(reply.bundle.tree("shared"), shared)
+                delta = Difference(reply.bundle.tree("shared"), shared)
             except ValueError as error:
                 raise ValueError(f"client {reply.client!r}: {error}") from error
             yield Update(client=reply.client, delta=delta, examples=examples)

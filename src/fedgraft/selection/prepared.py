@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedgraft import files
-from fedgraft.data.partition import ClientData, data_digest
+from fedgraft.data.clients import data_digest
+from fedgraft.data.partition import ClientData
 from fedgraft.moe.load import Base
 from fedgraft.selection.select import Choice
 from fedgraft.selection.settings import SelectionSettings
@@ -56,7 +58,7 @@ def rows_digest(data: ClientData) -> str:
     return data_digest(replace(data, validation=[], test=[]))
 
 
-def write_choices(path: Path, about: dict[str, str], choices: dict[str, Choice], clients: dict[str, ClientData]) -> None:
+def write_choices(path: Path, about: dict[str, str], choices: dict[str, Choice], clients: Mapping[str, ClientData]) -> None:
     """Write a file of choices, atomically; `about` has the fields of `Prepared` but `clients`."""
     kept = {name: {"rows": rows_digest(clients[name]), **asdict(choice)} for name, choice in choices.items()}
     files.write_json(path, {"schema": SCHEMA, **about, "clients": kept})

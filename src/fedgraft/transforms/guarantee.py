@@ -118,6 +118,11 @@ class Guarantee:
         sampled = isinstance(settings, ClientPrivacy) and federation.sampling == "poisson"
         return dict.fromkeys(self.sites, federation.clients_of(len(self.sites)) / len(self.sites) if sampled else 1.0)
 
+    @cached_property
+    def rate(self) -> float:
+        """The largest of `rates`."""
+        return max(self.rates.values())
+
     def spent(self, rounds: int, state: Mapping[str, Any]) -> dict[str, Any]:
         """What so many rounds have spent, for the record: `epsilon` (of rows: the largest of any client; null: no bound) at `delta`.
 
@@ -128,7 +133,7 @@ class Guarantee:
         settings = self.recipe.privacy
         if isinstance(settings, NoPrivacy):
             return {}
-        told = {"of": WHAT[settings.name], "epsilon": self._epsilon(max(self.rates.values()), rounds), "delta": settings.delta}
+        told = {"of": WHAT[settings.name], "epsilon": self._epsilon(self.rate, rounds), "delta": settings.delta}
         return told | (
             {CLIP: state.get(CLIP, settings.clip)} if isinstance(settings, ClientPrivacy) and settings.quantile is not None else {}
         )
@@ -142,7 +147,7 @@ class Guarantee:
         if isinstance(settings, ExamplePrivacy):
             further["clients"] = {name: self._epsilon(rate, rounds) for name, rate in self.rates.items()}
         else:
-            further["rate"] = max(self.rates.values())
+            further["rate"] = self.rate
         return {"privacy": self.spent(rounds, state) | {"rounds": rounds} | further}
 
     def lines(self) -> list[tuple[str, str]]:
@@ -153,8 +158,7 @@ class Guarantee:
         found = self.spent(rounds, {})
         if found["epsilon"] is None:
             return [("privacy", "no guarantee: without a clip and noise epsilon has no bound")]
-        rate = max(self.rates.values())
-        often = "in every one" if rate == 1 else f"in each with probability {rate:.3g}"
+        often = "in every one" if self.rate == 1 else f"in each with probability {self.rate:.3g}"
         steps = "rounds" if isinstance(settings, ClientPrivacy) else f"steps of {rounds} rounds"
         text = f"epsilon {found['epsilon']:.3g} at delta {settings.delta:g} for {found['of']}, after {self._steps(rounds)} {steps}, {often}"
         return [("privacy", text + ("" if self._all_secret else "; noise from the recipe's seed, as befits a simulation"))]
