@@ -7,9 +7,10 @@ per layer, k = experts per token, I = expert width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from fedgraft.moe.site import Routed, Site
 GRAM_BYTES = 2 << 30
 """Most memory that the per-token Gram matrices of a profile may take."""
 CHUNK_BYTES = 1 << 28
-"""Most memory for the expert outputs that are held at once while Gram matrices are computed."""
+"""Most memory for the outputs of all experts that are held at once."""
+CHUNK_TOKENS = 1024
+"""Outputs are held only where so many tokens find room; matrix products of fewer are slow, and running the chosen experts again is not."""
 
 
 class Tokens(Protocol):
@@ -76,7 +79,11 @@ def measure(
 ) -> Profile:
     """Profile the first `tokens` real tokens of `batches` (all of them when there are fewer), row by row; padding does not count.
 
-    Every expert runs on every token: E/k times the routed forward's work, O(tokens of a batch x (I + H)) memory beside the sums.
+    Every expert runs on every token, once where `CHUNK_BYTES` hold what they give, else the chosen ones twice. In fp32 the
+    routed output is made of that, so that the pass costs a forward and E/k - 1 times its routed experts; in 16 bits they run by themselves
+    as well, so that later layers see what they see in use. Sums over H are taken
+    in the model's precision, at least fp32, which is that of the summands; sums over tokens in float64. Memory beside the sums is
+    O(tokens of a batch x (I + H)) and at most `CHUNK_BYTES`.
 
     Args:
         base: the unmodified model, in eval mode.
@@ -91,7 +98,7 @@ def measure(
     assert not base.model.training, "calibration runs the model as it predicts: call eval() first"
     _check_budget(base.sites, tokens, gram)
     meter = _Meter(base, tokens, gram)
-    with torch.no_grad(), watching(base.sites, meter.see):
+    with torch.no_grad(), meter.reading():
         for batch in batches:
             mask = batch.mask.to(base.device) != 0
             meter.real = _first(mask.flatten(), tokens - meter.seen)
@@ -137,45 +144,77 @@ class _Meter:
         self.token_dot = torch.empty(layers, kept, experts, dtype=torch.float64)
         self.token_gram = torch.empty(layers, kept, experts, experts)
 
-    def see(self, site: Site, routed: Routed) -> None:
-        """Add the real tokens of one layer's forward."""
-        real = self.real.to(routed.x.device)
-        x, index, weight = routed.x[real], routed.index[real], routed.weight[real].double()
-        rows = max(1, CHUNK_BYTES // (8 * site.num_experts * x.shape[1])) if self.gram else len(x)
-        for start in range(0, len(x), rows):
-            part = slice(start, start + rows)
-            self._add(site, self.seen + start, x[part], index[part], weight[part])
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Forwards inside the block are measured; experts that can be stood in for run on all tokens and not once more by themselves.
 
-    def _add(self, site: Site, start: int, x: Tensor, index: Tensor, weight: Tensor) -> None:
-        """Add tokens `start`, `start` + 1, ... of the pass."""
+        Those in 16 bits do, since their own dispatch rounds in places of its own; so do those whose forward is not the class's.
+        """
+        exact = self.base.model.dtype in {torch.float32, torch.float64}
+        replaced = [site for site in self.base.sites if exact and site.replaceable and "forward" not in vars(site.experts)]
+        watched = [site for site in self.base.sites if site not in replaced]
+        for site in replaced:
+            site.experts.forward = self._instead(site)
+        try:
+            with watching(watched, lambda site, routed: self._see(site, routed.x, routed.index, routed.weight)):
+                yield
+        finally:
+            for site in replaced:
+                del site.experts.forward
+
+    def _instead(self, site: Site) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return self._see(site, site.inputs((args, kwargs)), *site.routing(site, (args, kwargs))).view_as(hidden)
+
+        return forward
+
+    def _see(self, site: Site, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Add the real tokens of one layer's forward; returns the routed output [T, H], zeros at all others."""
+        real = self.real.to(x.device).nonzero().flatten()
+        routed = torch.zeros_like(x)
+        rows = CHUNK_BYTES // (x.element_size() * site.num_experts * x.shape[1])
+        held = self.gram or rows >= CHUNK_TOKENS
+        start = 0
+        for part in real.split(max(1, rows) if held else max(1, len(real))):
+            routed[part] = self._add(site, self.seen + start, x[part], index[part], weight[part].double(), held).to(x.dtype)
+            start += len(part)
+        return routed
+
+    def _add(self, site: Site, start: int, x: Tensor, index: Tensor, weight: Tensor, held: bool) -> Tensor:
+        """Add tokens `start`, `start` + 1, ... of the pass, perhaps `held` by expert; returns their routed output with the model's weights."""
         layer, experts = self.slot[site.path], range(site.num_experts)
-        run = [self.base.family.expert(site, number) for number in experts]
-        stacked = torch.stack([expert(x) for expert in run], 1) if self.gram else None  # [T, E, H]
+        kept = x.new_empty(len(experts), *x.shape) if held else None  # [E, T, H]
+        precise = torch.promote_types(x.dtype, torch.float32)
 
         def output(number: int, rows: Tensor | slice) -> Tensor:
-            return (run[number](x[rows]) if stacked is None else stacked[rows, number]).double()
+            return (self.base.family.expert(site, number)(x[rows]) if kept is None else kept[number, rows]).to(precise)
 
-        full = _routed(x.shape, index, normalised(weight), output, experts)
+        if kept is not None:
+            for number in experts:
+                kept[number] = self.base.family.expert(site, number)(x)
+        full = _routed(x, index, normalised(weight).to(precise), output, experts)
         if site.identity:
-            full += (normalised(weight) * (index >= site.num_experts)).sum(-1, keepdim=True) * x.double()
-        scale, full_sq = weight.sum(-1), full.square().sum(-1)  # raw R(x) = scale * normalised R(x)
-        square, dot = torch.empty(2, len(x), len(experts), dtype=torch.float64, device=x.device)
+            full += (normalised(weight) * (index >= site.num_experts)).sum(-1, keepdim=True).to(precise) * x
+        scale, full_sq = weight.sum(-1), full.norm(dim=-1).double().square()  # raw R(x) = scale * normalised R(x)
+        norm, dot = torch.empty(2, len(x), len(experts), dtype=torch.float64, device=x.device)
         for number in experts:
             out = output(number, slice(None))
-            square[:, number] = out.square().sum(-1)
-            dot[:, number] = (full * out).sum(-1)
+            norm[:, number] = torch.linalg.vector_norm(out, dim=-1)
+            dot[:, number] = torch.linalg.vecdot(full, out)
         own = index.clamp(max=site.num_experts)  # whatever stands behind the experts is counted in a column that is dropped
         columns = torch.zeros(len(x), site.num_experts + 1, dtype=torch.float64, device=x.device)
         chosen, mass = columns.scatter(1, own, 1.0)[:, :-1], columns.scatter_add(1, own, weight)[:, :-1]
-        sums = (square, dot, scale[:, None] * dot, chosen, mass, mass * square.sqrt())
+        sums = (norm.square(), dot, scale[:, None] * dot, chosen, mass, mass * norm)
         self.per_expert[:, layer] += torch.stack([each.sum(0) for each in sums]).cpu()
         self.full[:, layer] += torch.stack((full_sq.sum(), (scale.square() * full_sq).sum())).cpu()
-        if stacked is not None:
+        if self.gram and kept is not None:
             tokens = slice(start, start + len(x))
-            outputs = stacked if stacked.dtype == torch.float64 else stacked.float()
+            outputs = kept.transpose(0, 1).to(precise)  # [T, E, H]
             self.token_scores[layer, tokens] = self.base.family.scores(site, x, index, weight).float().cpu()
             self.token_dot[layer, tokens] = dot.cpu()
             self.token_gram[layer, tokens] = (outputs @ outputs.mT).float().cpu()
+        return scale[:, None] * full
 
     def profile(self) -> Profile:
         """The sums so far."""
@@ -203,9 +242,9 @@ class _Meter:
         )
 
 
-def _routed(shape: torch.Size, index: Tensor, weight: Tensor, output: Callable[[int, Tensor | slice], Tensor], experts: range) -> Tensor:
-    """R [T, H] in float64: the weighted outputs of the chosen experts `index` [T, k]."""
-    total = torch.zeros(shape, dtype=torch.float64, device=index.device)
+def _routed(x: Tensor, index: Tensor, weight: Tensor, output: Callable[[int, Tensor | slice], Tensor], experts: range) -> Tensor:
+    """R [T, H] in the precision of `weight` [T, k]: the weighted outputs of the chosen experts `index` [T, k]."""
+    total = x.new_zeros(x.shape, dtype=weight.dtype)
     for number in experts:
         token, place = torch.where(index == number)
         if len(token):
