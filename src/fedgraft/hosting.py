@@ -25,6 +25,7 @@ from fedgraft.methods.method import Method, settled
 from fedgraft.moe.load import Base, load_base
 from fedgraft.moe.memory import means_out_of_memory
 from fedgraft.recipe import Recipe, check_values
+from fedgraft.selection.profile import Profile
 from fedgraft.training.client import Client, MemoryStore, Report, unheard
 from fedgraft.training.fit import NotFiniteError
 from fedgraft.training.settings import TrainingSettings
@@ -63,6 +64,7 @@ class Holdings:
         self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
         check_rows(self.clients.values(), recipe.evaluation.split)
         self.unseen: list[str] = []
+        self.generic: list[Profile] = []
 
     def hold_out(self) -> None:
         """Keep the unseen clients out of the federation; for a process that holds the rows of all clients.
@@ -139,6 +141,7 @@ class Holdings:
             training=recipe.training if name in self.unseen else training_of(recipe, self.method, len(self.federated)),
             selection=recipe.selection,
             report=self.hear(name),
+            generic=self.generic,
         )
 
     def card(self, name: str) -> Card:

@@ -122,6 +122,7 @@ def choose_experts(client: Client) -> Choice:
         client.name,
         client.report,
         mixture=graft.mixture,
+        known=client.generic if client.selection.text == "generic" else None,
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedgraft.moe.load import Base
 from fedgraft.moe.routing import normalised, watching
-from fedgraft.moe.site import Routed, Site
+from fedgraft.moe.site import Site
 
 GRAM_BYTES = 2 << 30
 """Most memory that the per-token Gram matrices of a profile may take."""
@@ -182,29 +182,33 @@ class _Meter:
         return routed
 
     def _add(self, site: Site, start: int, x: Tensor, index: Tensor, weight: Tensor, held: bool) -> Tensor:
-        """Add tokens `start`, `start` + 1, ... of the pass, perhaps `held` by expert; returns their routed output with the model's weights."""
-        layer, experts = self.slot[site.path], range(site.num_experts)
+        """Add tokens `start`, `start` + 1, ... of the pass, outputs `held` or not; returns R with the model's own weights."""
+        layer, experts, precise = self.slot[site.path], range(site.num_experts), torch.promote_types(x.dtype, torch.float32)
         kept = x.new_empty(len(experts), *x.shape) if held else None  # [E, T, H]
-        precise = torch.promote_types(x.dtype, torch.float32)
 
         def output(number: int, rows: Tensor | slice) -> Tensor:
             return (self.base.family.expert(site, number)(x[rows]) if kept is None else kept[number, rows]).to(precise)
 
-        if kept is not None:
-            for number in experts:
-                kept[number] = self.base.family.expert(site, number)(x)
-        full = _routed(x, index, normalised(weight).to(precise), output, experts)
-        if site.identity:
-            full += (normalised(weight) * (index >= site.num_experts)).sum(-1, keepdim=True).to(precise) * x
-        scale, full_sq = weight.sum(-1), full.norm(dim=-1).double().square()  # raw R(x) = scale * normalised R(x)
-        norm, dot = torch.empty(2, len(x), len(experts), dtype=torch.float64, device=x.device)
-        for number in experts:
-            out = output(number, slice(None))
-            norm[:, number] = torch.linalg.vector_norm(out, dim=-1)
-            dot[:, number] = torch.linalg.vecdot(full, out)
         own = index.clamp(max=site.num_experts)  # whatever stands behind the experts is counted in a column that is dropped
         columns = torch.zeros(len(x), site.num_experts + 1, dtype=torch.float64, device=x.device)
         chosen, mass = columns.scatter(1, own, 1.0)[:, :-1], columns.scatter_add(1, own, weight)[:, :-1]
+        unit = normalised(weight)
+        if kept is None:
+            full = _routed(x, index, unit.to(precise), output, experts)
+        else:
+            full = x.new_zeros(x.shape, dtype=precise)
+            shares = columns.scatter_add(1, own, unit).to(precise)
+            for number in experts:
+                kept[number] = self.base.family.expert(site, number)(x)
+                full.addcmul_(output(number, slice(None)), shares[:, number, None])
+        if site.identity:
+            full += (unit * (index >= site.num_experts)).sum(-1, keepdim=True).to(precise) * x
+        norms, dots = torch.empty(2, len(experts), len(x), dtype=precise, device=x.device)
+        for number in experts:
+            out = output(number, slice(None))
+            norms[number], dots[number] = torch.linalg.vector_norm(out, dim=-1), torch.linalg.vecdot(full, out)
+        norm, dot = norms.T.double(), dots.T.double()
+        scale, full_sq = weight.sum(-1), full.norm(dim=-1).double().square()  # raw R(x) = scale * normalised R(x)
         sums = (norm.square(), dot, scale[:, None] * dot, chosen, mass, mass * norm)
         self.per_expert[:, layer] += torch.stack([each.sum(0) for each in sums]).cpu()
         self.full[:, layer] += torch.stack((full_sq.sum(), (scale.square() * full_sq).sum())).cpu()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,17 +11,21 @@ from torch import Tensor
 
 from fedgraft import seeds
 from fedgraft.bundle import Bundle
-from fedgraft.data.batches import Batch, Row, collate, encode, round_rows
+from fedgraft.data.batches import Batch, Row, batches_alike, collate, encode, first_tokens, round_rows
 from fedgraft.data.example import Example
 from fedgraft.data.general_text import calibration_texts
 from fedgraft.data.partition import ClientData
 from fedgraft.data.settings import DataSettings
 from fedgraft.grafts.graft import Experts, GraftedModel
 from fedgraft.grafts.side_expert import Mixture
+from fedgraft.selection.profile import Profile
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.training.fit import Fit, GradientHook, NotFiniteError, Passes, Penalty, RowGradients, alone, fit
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.tree import Tree
+
+CALIBRATION_ROWS = 8
+"""Rows of full length in a batch of calibration text."""
 
 
 class Report(Protocol):
@@ -65,6 +68,8 @@ class Client:
     """Hears of training steps, calibration tokens and evaluated models."""
     passes: Passes = alone
     """How its forward and backward passes are run."""
+    generic: list[Profile] = field(default_factory=list)
+    """What generic text said about the experts, once a client of this process has calibrated on it; shared with the others."""
 
     @property
     def name(self) -> str:
@@ -118,11 +123,15 @@ class Client:
     def _per_step(self) -> int:
         return min(self.training.batch_size, self.examples)
 
-    def calibration(self, batch_size: int = 8) -> Iterator[Batch]:
-        """Batches for expert selection: its own prompt + response text in a random order of its own, or generic text (`selection.text`)."""
-        rows = self._generic_rows() if self.selection.text == "generic" else self._own_rows()
-        while part := list(islice(rows, batch_size)):
-            yield collate(part, self.model.base.pad_id).to(self.model.base.device)
+    def calibration(self) -> Iterator[Batch]:
+        """Batches with the tokens that experts are chosen by, the client's budget of them and rows of like length together.
+
+        They are its own prompt + response text in a random order of its own, or generic text (`selection.text`).
+        """
+        base, rows = self.model.base, self._generic_rows() if self.selection.text == "generic" else self._own_rows()
+        chosen = list(first_tokens(rows, self.selection.budget(base.device.type)))
+        for batch in batches_alike(chosen, CALIBRATION_ROWS * self.data_settings.max_length, base.pad_id):
+            yield batch.to(base.device)
 
     def _own_rows(self) -> Iterator[Row]:
         for index in seeds.numpy_rng(self.seed, "calibration", self.name).permutation(self.examples):
