@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -52,7 +53,11 @@ def load_clients(settings: DataSettings, seed: int) -> list[ClientData]:
     Raises:
         ValueError: too few rows for what is asked, a client without rows, two clients of one name, or a name unfit for a folder.
     """
-    load: Load = plugins.load("dataset", settings.dataset).load
+    dataset = plugins.load("dataset", settings.dataset)
+    load: Load = dataset.load
+    if hasattr(dataset, "splits"):  # all splits in one reading; what was read is let go of with this call
+        read = cache(dataset.splits)
+        load = lambda split, path=None: read(path)[split]  # noqa: E731
     clients = PARTITIONS[settings.partition](settings, load, seed)
     _check(clients, settings)
     return sorted(clients, key=lambda client: client.name)
