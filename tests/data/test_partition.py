@@ -227,7 +227,7 @@ def test_settings_ranges(fields):
         DataSettings(**fields)
 
 
-@pytest.mark.parametrize("partition", ["category", "file"])
+@pytest.mark.parametrize("partition", ["category", "files"])
 def test_a_file_is_read_once_for_all_splits(tmp_path, monkeypatch, partition):
     for name in ("ada", "bo"):
         rows = [{"instruction": f"{name} {split}", "output": "x", "split": split} for split in ("train", "validation", "test")]

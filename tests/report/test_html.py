@@ -230,6 +230,7 @@ def test_comparing_has_runs_as_columns(make):
         "quality",
         "training",
         "experts",
+        "others",
         "unseen",
         "data",
         "cost",

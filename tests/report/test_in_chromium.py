@@ -180,7 +180,7 @@ def test_every_table_that_says_so_sorts_by_every_column(browser, files):
         assert browser.evaluate(EVERY_COLUMN) == [], path.name
 
 
-@pytest.mark.parametrize(("name", "count"), [("measured", 22), ("many", 7), ("seeds", 7)])
+@pytest.mark.parametrize(("name", "count"), [("measured", 22), ("many", 8), ("seeds", 10)])
 def test_every_figure_is_drawn(browser, files, name, count):
     for width, dark in LOOKS:
         browser.go(files[name], width, dark)

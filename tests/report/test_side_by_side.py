@@ -55,6 +55,31 @@ def test_experts_of_runs_that_measured_them_are_side_by_side(seeds):
     assert table["fedavg"] == ["0.250", "12.50 %", "0.7500", "0.5000", "0.9450", "0.0150"]
 
 
+def test_gates_of_single_tokens_are_side_by_side(seeds):
+    table = tables(seeds)["Gates of single tokens by run per run and tenth of the gate"]
+    assert table["flex"][:4] == ["50.00 %", "25.00 %", "25.00 %", "0.00 %"]
+    assert table["flex"] == table["fedavg"]
+
+
+def test_each_others_models_are_told_by_run_as_means_over_seeds():
+    runs = [measured_record(recipe=seeded(seed)) for seed in range(2)]
+    runs[1].further["cross"]["client-00"]["client-01"] = 2.5  # 3.5 in the other seed, so 3.0 on average: level with the own
+    runs[1].further["cross"]["client-01"]["client-00"] = 2.0  # and 2.75, which is better than the own 3.0
+    root = parse(comparison_page([*runs, named("fedavg")]))
+    table = tables(root)["Own and others' models"]
+    assert table["fedavg"] == ["3 of 3", "+0.500"]
+    assert table["flex"] == ["2 of 3", "+0.292"]  # (4 x 0.5 + 0 - 0.25) / 6
+    matrix = tables(root.one("section", id="others"))
+    told = next(rows for name, rows in matrix.items() if "rows, flex per" in name)
+    assert told["client-01"] == ["2.750", "3.000", "3.500"]
+
+
+def test_of_many_runs_no_matrix_is_drawn(many):
+    section = many.one("section", id="others")
+    assert not section.all("figure")
+    assert "on its own page" in section.text
+
+
 def test_unseen_clients_are_told_by_run_and_rows(seeds):
     table = next(value for name, value in tables(seeds).items() if name.endswith("by training rows adapted with"))
     assert table["run"] == ["0 rows", "1 rows", "2 rows"]
@@ -121,7 +146,8 @@ def test_what_runs_ran_on_is_told_once_where_it_is_the_same(make):
 
 def test_what_no_run_measured_is_said(make):
     root = parse(comparison_page([make(environment={}), make(environment={}, recipe=seeded(8))]))
-    said = {name: root.one("section", id=name).text for name in ("experts", "unseen", "data", "environment", "differences")}
+    said = {name: root.one("section", id=name).text for name in ("experts", "others", "unseen", "data", "environment", "differences")}
+    assert "evaluation.cross" in said["others"]
     assert "evaluation.experts" in said["experts"]
     assert "evaluation.unseen.clients" in said["unseen"]
     assert "No environment was written" in said["data"]

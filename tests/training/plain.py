@@ -54,14 +54,15 @@ def train(
     lr: float = LR,
     extra: Callable[[Tree, Batch], Tensor] | None = None,
     padded: bool = False,
+    fused: bool = True,
 ) -> tuple[Tree, list[float]]:
     """(trained leaves, loss of each step): dropout drawn from torch's default generator, AdamW, clipping, the responses' mean loss.
 
-    `padded`: MoE layers see the padding as well, as in a loop that knows nothing of it.
+    `padded`: MoE layers see the padding as well, as in a loop that knows nothing of it. `fused`: AdamW's kernel, which rounds otherwise.
     """
     assert model.base.compacts
     tree = {key: start[key].detach().clone().requires_grad_() for key in sorted(start)}
-    optimizer = torch.optim.AdamW(tree.values(), lr=lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(tree.values(), lr=lr, weight_decay=settings.weight_decay, fused=fused)
     losses = []
     model.base.model.train()
     with torch.random.fork_rng(), model.using(tree, EXPERTS):

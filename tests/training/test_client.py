@@ -79,6 +79,22 @@ def test_accumulation_divides_a_step(make_client, accumulation, sizes):
     assert instructions(client, [0]) == instructions(make_client(batch_size=4), [0])
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_grouped_by_length_a_round_has_the_same_rows_with_less_padding(make_client, accumulation):
+    """Steps are those of all rows sorted by length; their order depends on the round."""
+    options = {"steps": 6, "batch_size": 4, "accumulation": accumulation}
+    plain, grouped = make_client(24, **options), make_client(24, group_by_length=True, **options)
+    assert sorted(instructions(plain, [1])) == sorted(instructions(grouped, [1])) == list(range(24))
+    steps = grouped.batches(1)
+    assert [[len(part.ids) for part in step] for step in steps] == [[4 // accumulation] * accumulation] * 6
+    rows = sorted(int(n) for step in plain.batches(1) for part in step for n in part.mask.sum(1))
+    found = sorted(sorted(int(n) for part in step for n in part.mask.sum(1)) for step in steps)
+    assert found == [rows[at : at + 4] for at in range(0, 24, 4)]
+    lengths = [[int(step[0].mask[0].sum()) for step in grouped.batches(number)] for number in range(6)]
+    assert len({tuple(each) for each in lengths}) > 1  # not always the shortest first
+    assert instructions(grouped, [1]) == instructions(make_client(24, group_by_length=True, **options), [1])
+
+
 def test_rows_are_prompt_and_response_of_the_template(make_client):
     client = make_client(1)
     ((batch,), _) = client.batches(0)

@@ -173,6 +173,7 @@ def test_each_method_bears_it_or_is_refused_with_a_reason(method):
     [
         ({"method": {"name": "flex"}}, "selection.text to generic"),
         ({"training": {"router_aux": 0.01}}, "training.router_aux"),
+        ({"training": {"group_by_length": True}}, "training.group_by_length"),
         ({"privacy": {"name": "examples", "clip": None}}, r"privacy\.clip: noise is measured in units"),
         ({"engine": {"name": "flower"}, "privacy": {"name": "examples", "secret": False}}, r"privacy\.secret"),
     ],

@@ -17,6 +17,7 @@ from fedgraft.data.templates import end_id, prompt_and_lead, token_ids
 from fedgraft.seeds import numpy_rng
 
 if TYPE_CHECKING:
+    from numpy.random import Generator
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -67,7 +68,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        return Batch(self.ids.to(device), self.mask.to(device), self.labels.to(device))
+        return Batch(*(_moved(tensor, torch.device(device)) for tensor in (self.ids, self.mask, self.labels)))
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On a GPU as soon as it needs it: the copy from page-locked memory runs beside what it is still computing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not tensor.is_cuda else tensor.to(device)
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, template: str, max_length: int) -> tuple[Row, bool]:
@@ -141,6 +147,13 @@ def round_rows(count: int, per_round: int, round: int, seed: int, client: str) -
     epochs = {position // count for position in positions}
     order = {epoch: numpy_rng(seed, "batches", client, epoch).permutation(count) for epoch in epochs}
     return [int(order[position // count][position % count]) for position in positions]
+
+
+def by_length(rows: Sequence[Row], size: int, rng: Generator) -> list[list[Row]]:
+    """The rows in groups of `size` of nearly equal length, the groups in a random order; only the longest rows' may be smaller."""
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return [groups[int(at)] for at in rng.permutation(len(groups))]
 
 
 def batches_in_order(rows: Sequence[Row], batch_size: int, pad_id: int) -> Iterator[tuple[list[int], Batch]]:

@@ -56,6 +56,7 @@ COMPARISON: tuple[comparison.ComparisonSection, ...] = (
     comparison.quality,
     comparison.training,
     side_by_side.experts,
+    side_by_side.others,
     side_by_side.unseen,
     side_by_side.data,
     comparison.price,

@@ -116,7 +116,7 @@ def _dominates(measured: Figures) -> Figure:
 
 def _histograms(measured: Figures) -> list[Block]:
     """Over all, by client, and by layer; layers and grafts count alike."""
-    by_client = {client: _mean(graft for layer in figures["gate_histogram"] for graft in layer) for client, figures in measured.items()}
+    by_client = {client: gate_tenths(figures) for client, figures in measured.items()}
     layers = next(iter(measured.values()))["graft_layers"]
     by_layer = {
         f"layer {layer}": _mean(graft for figures in measured.values() for graft in figures["gate_histogram"][at])
@@ -138,10 +138,16 @@ def _histograms(measured: Figures) -> list[Block]:
         Grid(caption="Share of tokens by tenths of the gate", columns=["gate", "mean", "lowest client", "highest client"], rows=rows),
         x_title="gate",
     )
-    return [drawn, _tenths("client", "clients", by_client), _tenths("layer", "layers", by_layer)]
+    return [drawn, tenths("client", "clients", by_client), tenths("layer", "layers", by_layer)]
 
 
-def _tenths(row: str, rows: str, shares: Mapping[str, Sequence[float]]) -> Figure:
+def gate_tenths(figures: Mapping[str, Any]) -> list[float]:
+    """Share of a client's tokens by tenths of the gate; layers and grafts count alike."""
+    return _mean(graft for layer in figures["gate_histogram"] for graft in layer)
+
+
+def tenths(row: str, rows: str, shares: Mapping[str, Sequence[float]]) -> Figure:
+    """Tenths of the gate as columns; `shares` of each row."""
     high = max(share for row_shares in shares.values() for share in row_shares)
     return heat_map(
         f"gates-by-{row}",

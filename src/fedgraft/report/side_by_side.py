@@ -1,4 +1,4 @@
-"""Sections of a page about several runs: what their experts do, whom they never asked, who has what, and what they ran on."""
+"""Sections of a page about several runs: their experts, whose models help whom, unseen clients, who has what, what they ran on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from fedgraft.report.blocks import Block, Facts, Figure, Grid, Note, Section
 from fedgraft.report.figures import curves
 from fedgraft.report.groups import Group, grouped, labels
 from fedgraft.report.record import Record
+from fedgraft.report.routing_sections import gate_tenths, tenths
 from fedgraft.report.sections import partition
 from fedgraft.report.seed_spread import caption, ends, over_seeds, series, told
-from fedgraft.report.shaping import absent, flat, shown
+from fedgraft.report.shaping import MANY, absent, flat, shown
 from fedgraft.report.table import FIGURES
+from fedgraft.report.transfer_sections import Apart, matrix
 
 OWN = ("schema", "command", "started", "run", "clients", "client_digests", "data_digest")
 """Of an environment: what belongs to a run or its data, not to what it ran on."""
@@ -33,7 +35,28 @@ def experts(records: Sequence[Record]) -> Section:
     drift = _by_layer(groups, "drift", "Drift of the experts' inputs", "1 − cosine")
     same = _by_layer(groups, "agreement", "Choices that stay the same", "share")
     grid = Grid(caption="Gates, grafts and routers", columns=columns, rows=rows)
-    return Section(name="experts", title=title, blocks=[grid, Note(text=text), drift, same])
+    opened = {group.name: shares for group, found in groups if (shares := _gates(found))}
+    spread: list[Block] = [tenths("run", "runs", opened)] if opened else []
+    return Section(name="experts", title=title, blocks=[grid, Note(text=text), *spread, drift, same])
+
+
+def others(records: Sequence[Record]) -> Section:
+    """Do the clients' personal models help each other? A matrix for each run, mean over its seeds; of many runs numbers alone."""
+    title = "Each other's models"
+    found = {group.name: losses for group in grouped(records) if (losses := _mean_losses(group))}
+    if not found:
+        text = "In none of these runs were clients' models tried on each other's rows (evaluation.cross)."
+        return absent("others", title, text, missing=False)
+    apart = {name: Apart(losses=losses) for name, losses in found.items()}
+    rows = [
+        [name, f"{one.best} of {len(one.losses)}", "–" if one.foreign is None else f"{one.foreign:+.3f}"] for name, one in apart.items()
+    ]
+    columns = ["run", "clients whose own model is the best", "another's loss less the own (nats/token)"]
+    matrices = [matrix(losses, f"cross-{at}", of=name) for at, (name, losses) in enumerate(found.items())] if len(found) <= MANY else []
+    text = "The matrix of each run is on its own page." if not matrices else "Losses are means over seeds."
+    return Section(
+        name="others", title=title, blocks=[Grid(caption="Own and others' models", columns=columns, rows=rows), Note(text=text), *matrices]
+    )
 
 
 def unseen(records: Sequence[Record]) -> Section:
@@ -106,6 +129,22 @@ def environment(records: Sequence[Record]) -> Section:
 def _found(group: Group) -> list[Mapping[str, Mapping[str, Any]]]:
     """Of each seed that measured it: client -> what `evaluation.experts` gave."""
     return [record.further["experts"] for record in group.runs if record.further.get("experts")]
+
+
+def _gates(found: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[float]:
+    """Share of tokens by tenths of the gate, mean over seeds and clients; nothing where there are no gates."""
+    shares = [gate_tenths(figures) for run in found for figures in run.values() if figures.get("gate_histogram")]
+    return [statistics.fmean(values) for values in zip(*shares, strict=True)]
+
+
+def _mean_losses(group: Group) -> dict[str, dict[str, float]]:
+    """Client -> model -> response loss, mean over the seeds that have it."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in group.runs:
+        for client, row in record.further.get("cross", {}).items():
+            for owner, loss in row.items():
+                found.setdefault(client, {}).setdefault(owner, []).append(loss)
+    return {client: {owner: statistics.fmean(losses) for owner, losses in row.items()} for client, row in found.items()}
 
 
 def _numbers(found: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:

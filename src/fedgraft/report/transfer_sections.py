@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from fedgraft.report.blocks import Block, Figure, Section
 from fedgraft.report.figures import Series, curves
@@ -27,7 +28,7 @@ def others(record: Record) -> Section:
     if not losses:
         text = "Not tried on each other's rows: evaluation.cross was off, or the method's models cannot be lent."
         return absent("others", title, text, missing=False)
-    return Section(name="others", title=title, blocks=[_matrix(losses)])
+    return Section(name="others", title=title, blocks=[matrix(losses)])
 
 
 def unseen(record: Record) -> Section:
@@ -50,14 +51,38 @@ def unseen(record: Record) -> Section:
     return Section(name="unseen", title=title, blocks=[*blocks, *(grid(table, "model, rows") for table in tables)])
 
 
-def _matrix(losses: Losses) -> Figure:
-    """Rows x models, coloured by how much worse than the client's own model each is, which rows of different difficulty have in common."""
-    owners = list(dict.fromkeys(owner for row in losses.values() for owner in row))
-    reference = {client: row.get(client, min(row.values())) for client, row in losses.items()}
-    more = {client: {owner: loss - reference[client] for owner, loss in row.items()} for client, row in losses.items()}
+@dataclass(frozen=True, kw_only=True)
+class Apart:
+    """How far clients' models are from each other on each other's rows, `losses` of at least one client."""
+
+    losses: Losses
+
+    @property
+    def more(self) -> dict[str, dict[str, float]]:
+        """Client -> model -> its loss less that of the client's own (of the best one where the own was not lent)."""
+        reference = {client: row.get(client, min(row.values())) for client, row in self.losses.items()}
+        return {client: {owner: loss - reference[client] for owner, loss in row.items()} for client, row in self.losses.items()}
+
+    @property
+    def best(self) -> int:
+        """On the rows of how many clients their own model is the best."""
+        return sum(client in row and row[client] == min(row.values()) for client, row in self.losses.items())
+
+    @property
+    def foreign(self) -> float | None:
+        """Mean distance of another client's model from the own (nats/token); None where nobody has tried one."""
+        values = [value for client, row in self.more.items() for owner, value in row.items() if owner != client]
+        return statistics.fmean(values) if values else None
+
+
+def matrix(losses: Losses, name: str = "cross", of: str = "") -> Figure:
+    """Rows x models, coloured by how much worse than the client's own model each is, which rows of different difficulty have in common.
+
+    `of`: the runs it is of, on a page about several.
+    """
+    apart = Apart(losses=losses)
+    owners, more, foreign = list(dict.fromkeys(owner for row in losses.values() for owner in row)), apart.more, apart.foreign
     low, high = (end(value for row in more.values() for value in row.values()) for end in (min, max))
-    best = sum(client in row and row[client] == min(row.values()) for client, row in losses.items())
-    foreign = [value for client, row in more.items() for owner, value in row.items() if owner != client]
 
     def shade(client: str, owner: str) -> list[Shade]:
         if owner not in losses[client]:
@@ -66,11 +91,11 @@ def _matrix(losses: Losses) -> Figure:
         level = (value - low) / (high - low) if high > low else 0.0
         return [Shade(text=f"{value:+z.2f}", level=level, exact=f"{losses[client][owner]:.3f}")]
 
-    mean = f"; another client's is {statistics.fmean(foreign):+.3f} nats/token from it on average" if foreign else ""
+    mean = "" if foreign is None else f"; another client's is {foreign:+.3f} nats/token from it on average"
     return heat_map(
-        "cross",
-        "Response loss of each client's personal model on each client's rows",
-        f"On the rows of {best} of {len(losses)} clients their own model is the best{mean}.",
+        name,
+        "Response loss of each client's personal model on each client's rows" + (f", {of}" if of else ""),
+        f"On the rows of {apart.best} of {len(losses)} clients their own model is the best{mean}.",
         {client: [shade(client, owner) for owner in owners] for client in losses},
         scale=(f"{low:+z.2f}", f"{high:+z.2f}"),
         caption="Fields have the difference to the client's own model (nats/token, below 0 is better), the table the losses.",

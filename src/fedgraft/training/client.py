@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedgraft import seeds
 from fedgraft.bundle import Bundle
-from fedgraft.data.batches import Batch, Row, batches_alike, collate, encode, first_tokens, round_rows
+from fedgraft.data.batches import Batch, Row, batches_alike, by_length, collate, encode, first_tokens, round_rows
 from fedgraft.data.example import Example
 from fedgraft.data.general_text import calibration_texts
 from fedgraft.data.partition import ClientData
@@ -100,7 +100,8 @@ class Client:
     def batches(self, round_number: int) -> list[list[Batch]]:
         """The batches of one round, a function of seed, client and round: a list of `accumulation` parts for every step it does there.
 
-        With unequal local work (`training.least_steps`) they are the first of its `training.steps` steps.
+        With unequal local work (`training.least_steps`) they are the first of its `training.steps` steps; `training.group_by_length` then
+        sorts the rows of those into steps anew.
         """
         whole = self.training.steps * self.training.batch_size
         per_round = self.training.steps_of(self.seed, round_number, self.name) * self.training.batch_size
@@ -110,7 +111,10 @@ class Client:
         rows = [self._row(self.data.train[index]) for index in order]
         size = self.training.batch_size
         part = -(-size // self.training.accumulation)
-        steps = [rows[start : start + size] for start in range(0, per_round, size)]
+        if self.training.group_by_length:
+            steps = by_length(rows, size, seeds.numpy_rng(self.seed, "lengths", self.name, round_number))
+        else:
+            steps = [rows[start : start + size] for start in range(0, per_round, size)]
         pad = self.model.base.pad_id
         return [[collate(step[at : at + part], pad) for at in range(0, len(step), part)] for step in steps]
 

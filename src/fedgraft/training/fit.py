@@ -121,7 +121,7 @@ def fit(
     """
     leaves = {key: leaf.requires_grad_() for key, leaf in model.placed(clone(trained)).items()}
     order = sorted(leaves)
-    optimizer = torch.optim.AdamW([leaves[key] for key in order], lr=lr, weight_decay=settings.weight_decay, foreach=True)
+    optimizer = torch.optim.AdamW([leaves[key] for key in order], lr=lr, weight_decay=settings.weight_decay, fused=True)
     if moments:
         _restore(optimizer, order, leaves, moments)
     began, total, tokens = time.perf_counter(), 0.0, 0

@@ -21,6 +21,8 @@ class TrainingSettings(Section):
     """Examples per optimiser step."""
     accumulation: int = Field(default=1, ge=1)
     """Forward passes a step's examples are spread over; lowers memory, changes nothing else."""
+    group_by_length: bool = False
+    """Rows of nearly equal length meet in a step, which saves padding; a round still has the same rows, its steps come in random order."""
     lr: float = Field(default=4e-5, gt=0)
     """AdamW learning rate of the first round."""
     lr_min: float = Field(default=1e-6, ge=0)

@@ -201,6 +201,8 @@ def _not_of_rows(recipe: Planned, method: Method, name: str) -> str:
         and f"name: method {name!r} goes over its rows more than once a round, which is not accounted for; choose another method",
         recipe.training.router_aux > 0
         and "name: the router's load-balancing loss (training.router_aux) is of all rows of a batch together; set it to 0",
+        recipe.training.group_by_length
+        and "name: each row is drawn by itself, so rows cannot be grouped (training.group_by_length); set it to false",
         ("side" in method.places and recipe.selection.text != "generic")
         and "name: the experts that grafts start from are chosen on the client's rows, and all gradients depend on that; "
         "set selection.text to generic",
