@@ -59,8 +59,8 @@ def child(overrides: list[str]) -> dict[str, float]:
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     import fedgraft
-    from fedgraft.methods import method
 
+    method: Any = importlib.import_module("fedgraft.methods.method")
     method.select_experts = selection.around(method.select_experts)
 
     def reached(*_: Any) -> None:

@@ -156,11 +156,14 @@ class _Meter:
         for site in replaced:
             site.experts.forward = self._instead(site)
         try:
-            with watching(watched, lambda site, routed: self._see(site, routed.x, routed.index, routed.weight)):
+            with watching(watched, self._watch):
                 yield
         finally:
             for site in replaced:
                 del site.experts.forward
+
+    def _watch(self, site: Site, routed: Routed) -> None:
+        self._see(site, routed.x, routed.index, routed.weight)
 
     def _instead(self, site: Site) -> Callable[..., Tensor]:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
