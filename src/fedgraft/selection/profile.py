@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedgraft.moe.load import Base
 from fedgraft.moe.routing import normalised, watching
-from fedgraft.moe.site import Site
+from fedgraft.moe.site import Routed, Site
 
 GRAM_BYTES = 2 << 30
 """Most memory that the per-token Gram matrices of a profile may take."""
