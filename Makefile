@@ -10,7 +10,7 @@ SOURCES := src tests $(wildcard tools benchmarks)
 
 .DEFAULT_GOAL := help
 SHELL := bash
-.PHONY: help demo test test-deploy fuzz audit check static bench docs venv clean
+.PHONY: help demo test test-deploy fuzz audit check static bench bench-peers docs venv clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,15 +39,23 @@ audit: ## Known vulnerabilities of the tested versions; asks PyPI about each, so
 check: static ## Format, lint, types and the architecture tests
 	$(BIN)/python -m pytest tests/architecture
 
-bench: $(READY) ## A round beside a plain PyTorch loop, memory with 200 clients beside 4, Flower beside its floor; writes docs/benchmarks.md
+bench: $(READY) ## A round beside a plain PyTorch loop, memory and time with many clients beside 4, Flower beside its floor; writes docs/benchmarks.md
 	$(BIN)/python benchmarks/plain_loop.py
 	$(BIN)/python benchmarks/cohort.py
+	$(BIN)/python benchmarks/dp_sgd.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/flower_overhead.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/serve.py
 	$(BIN)/python benchmarks/start.py && $(BIN)/python benchmarks/selection.py
 	for size in qwen1.5-moe-a2.7b qwen3-30b-a3b; do $(BIN)/python benchmarks/full_size.py tests/account/configs/$$size.json --small; done
+	$(BIN)/python benchmarks/stream.py --layers 4 --limit 5
+	$(BIN)/python benchmarks/report.py
+
+bench-peers: $(READY) ## fedgraft beside Trainer, TRL, Flower and NVFlare on the same tokens; installs them from PyPI into build/peers (PEERS="--small" to try)
+	$(BIN)/python benchmarks/peers.py $(PEERS)
 	$(BIN)/python benchmarks/report.py
 
 docs: $(READY) ## Write the generated pages of docs/ and build the site in build/site

@@ -1,7 +1,8 @@
 """A fedgraft round whose clients train 8 at once, against the plain PyTorch loop over the same batches, client by client.
 
 Both sides do what they do in `plain_loop.py`, whose `sequential` (transformers' own loss) is the plain side; 8 clients, rows of at most 128
-tokens. The plain loop trains all 8 clients after each cohort has trained.
+tokens. The plain loop trains all 8 clients after each cohort has trained. One more round, of fedgraft alone, shows the floor: the CPU time
+of its matrix products without anything else.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import floor
 import plain_loop
 import results
 
@@ -28,26 +30,37 @@ SETTINGS = {"fp32": [], "bf16": ["model.dtype=bfloat16"], "autocast": ["training
 def measure(rounds: int, precision: str, threads: int, size: int = CLIENTS) -> dict[str, Any]:
     """The entry of one precision for `results.json`."""
     options = [f"data.max_length={MAX_LENGTH}", f"training.steps={plain_loop.STEPS}", f"training.batch_size={plain_loop.BATCH_SIZE}"]
-    options += [f"federation.rounds={rounds + 1}", *SETTINGS[precision], "lora.dropout=0.0", "selection.tokens=512"]
-    options += [f"data.clients={CLIENTS}", f"engine.cohort={size}", f"model.threads={threads}"]
+    options += [f"federation.rounds={rounds + 2}", *SETTINGS[precision], "lora.dropout=0.0", "selection.tokens=512"]
+    options += [f"data.clients={CLIENTS}", "data.partition=dirichlet", f"engine.cohort={size}", f"model.threads={threads}"]
     with tempfile.TemporaryDirectory() as folder:
         session = Session(load_recipe("demo", options), Path(folder), Quiet())
         session._open()
+        if (there := len(plain_loop.holdings_of(session).clients)) != CLIENTS:
+            raise RuntimeError(f"{there} clients in place of {CLIENTS}")
         loops = {"plain": plain_loop.plain_loop(session, plain_loop.labels_loss, threads=1)}
         plain_loop.one_round(session, loops)
         taken = []
         for _ in range(rounds):
             own, tokens = plain_loop.one_round(session, loops)
-            taken.append((own.wall, loops["plain"].clock.wall, tokens))
-            print(f"{precision}: {tokens} tokens in {own.wall:.2f} s; plain loop {loops['plain'].clock.wall:.2f} s", flush=True)
+            taken.append((own, loops["plain"].clock, tokens))
+            print(precision, end=": ")
+            plain_loop.show(own, {"plain": loops["plain"].clock}, tokens)
+        session.engine.on_send = lambda question, name, content: None
+        with floor.Products() as products:
+            session._round()
+    plain_seconds = statistics.median(plain.wall for _, plain, _ in taken)
     return results.entry(
         NAMES[precision],
-        [own / plain for own, plain, _ in taken],
+        [own.wall / plain.wall for own, plain, _ in taken],
         "times the plain loop, wall clock",
-        fedgraft_seconds=round(statistics.median(own for own, _, _ in taken), 3),
-        plain_seconds=round(statistics.median(plain for _, plain, _ in taken), 3),
-        fedgraft_tokens_per_second=round(statistics.median(tokens / own for own, _, tokens in taken)),
-        plain_tokens_per_second=round(statistics.median(tokens / plain for _, plain, tokens in taken)),
+        cpu_ratio=round(statistics.median(own.cpu / plain.cpu for own, plain, _ in taken), 4),
+        floor_ratio=round(products.clock.cpu / statistics.median(plain.cpu for _, plain, _ in taken), 4),
+        floor_seconds=round(products.clock.cpu, 3),
+        floor_gflop=round(products.operations / 1e9, 1),
+        fedgraft_seconds=round(statistics.median(own.wall for own, _, _ in taken), 3),
+        plain_seconds=round(plain_seconds, 3),
+        fedgraft_tokens_per_second=round(statistics.median(tokens / own.wall for own, _, tokens in taken)),
+        plain_tokens_per_second=round(statistics.median(tokens / plain.wall for _, plain, tokens in taken)),
     )
 
 
@@ -62,7 +75,8 @@ def main() -> None:
     arguments = parser.parse_args()
     entries = [measure(arguments.rounds, precision, arguments.threads) for precision in arguments.precision or NAMES]
     for item in entries:
-        print(f"{item['name']:16}{item['ratio']:7.3f} {item['min']:7.3f} {item['max']:7.3f}")
+        figures = " ".join(f"{name} {value}" for name, value in item["figures"].items())
+        print(f"{item['name']:16}{item['ratio']:7.3f} {item['min']:7.3f} {item['max']:7.3f}  {figures}")
     results.write(entries)
 
 

@@ -3,10 +3,11 @@
     python tools/results.py --section main-job runs/main/*
     python tools/results.py --section rows --pivot data.train_rows --figure loss --beside local runs/rows/*
 
+    python tools/results.py --section ablations --variants flex runs/ablations/*
     python tools/results.py --document docs/reliability.md --section attackers --pivot attack --common runs/robustness/*
 
-Runs that differ only in their seed are one row; with `--pivot` the values of one recipe key, or of a whole section, are the columns of a
-table of one figure.
+Runs that differ only in their seed are one row; with `--variants` rows are named as the sweep named them; with `--pivot` the values of one
+recipe key, or of a whole section, are the columns of a table of one figure.
 Every figure is mean ± sample standard deviation over seeds of the mean over clients of the `personal` model on the split the runs were
 evaluated on. The text between the section's markers is replaced.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft import files
+from fedgraft.report.groups import SEED
 from fedgraft.report.record import Record, summary
 from fedgraft.report.table import FIGURES, cost
 
@@ -116,6 +118,26 @@ def pivoted(records: list[Record], key: str, figure: str, beside: str = "", comm
     return "\n".join(lines)
 
 
+def variants(records: list[Record], beside: str) -> str:
+    """A Markdown table: a row for each variant of a sweep, the lowest loss first, with differences by seed to the variant `beside`."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[SEED.sub("", record.folder.name)].append(record)
+    shown = ("loss", "token_accuracy", "general_loss")
+    means = {
+        (name, figure): {
+            record.recipe["seed"]: summary(found, True)["mean"] for record in group if (found := record.figures("personal", figure))
+        }
+        for name, group in groups.items()
+        for figure in shown
+    }
+    lines = [f"| variant | seeds | {' | '.join(FIGURES[figure][0] for figure in shown)} |", "|---" * (len(shown) + 2) + "|"]
+    for name in sorted(groups, key=lambda name: statistics.fmean(means[name, "loss"].values())):
+        cells = [_cell(means[name, figure], means[beside, figure] if name != beside else {}, FIGURES[figure][2]) for figure in shown]
+        lines.append(f"| {name} | {len(groups[name])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _cell(own: dict[int, float], other: dict[int, float], digits: int) -> str:
     if not own:
         return "-"
@@ -140,13 +162,17 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--section", required=True, help="name of the markers <!-- NAME: begin --> and <!-- NAME: end --> in the document")
     parser.add_argument("--document", type=Path, default=DOCUMENT, help=f"where the section stands ({DOCUMENT})")
+    parser.add_argument("--variants", metavar="NAME", help="name rows as the sweep did, with differences to this variant, paired by seed")
     parser.add_argument("--pivot", metavar="KEY", help="a key or section whose values are the columns, such as data.train_rows")
     parser.add_argument("--beside", metavar="METHOD", default="", help="with --pivot: also differences to this method, paired by seed")
     parser.add_argument("--figure", default="loss", choices=sorted(FIGURES), help="what a table with --pivot shows")
     parser.add_argument("--common", action="store_true", help="with --pivot: only clients that all runs of a seed have evaluated")
     options = parser.parse_args()
     records = [Record.load(folder) for folder in options.runs if (folder / "results.json").is_file()]
-    table = pivoted(records, options.pivot, options.figure, options.beside, options.common) if options.pivot else section(records)
+    if options.variants:
+        table = variants(records, options.variants)
+    else:
+        table = pivoted(records, options.pivot, options.figure, options.beside, options.common) if options.pivot else section(records)
     written(options.document, options.section, table)
 
 

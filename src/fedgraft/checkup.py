@@ -21,7 +21,7 @@ from fedgraft.account.take import Account, take_account
 from fedgraft.data.partition import load_clients
 from fedgraft.methods.method import settled
 from fedgraft.moe.family import Anatomy
-from fedgraft.moe.memory import needed_by, room_for
+from fedgraft.moe.memory import layered_bytes, needed_by, room_for
 from fedgraft.moe.skeleton import is_local, skeleton
 from fedgraft.moe.tokenizer import load_tokenizer
 from fedgraft.recipe import Recipe, load_recipe, shipped_names
@@ -45,6 +45,8 @@ class Checkup:
     layers: list[Layer] = field(default_factory=list)
     """Like layers together, also where there is no account because the recipe does not fit the model."""
     account: Account | None = None
+    selecting: int = 0
+    """Bytes of the weights in memory while `fedgraft select` chooses experts; 0 where there are none to choose."""
     rows: list[Rows] = field(default_factory=list)
     forecast: Forecast | None = None
     findings: list[Finding] = field(default_factory=list)
@@ -64,6 +66,7 @@ class Checkup:
             "parameters": self.parameters,
             "layers": [asdict(layer) for layer in self.layers],
             "account": self.account.as_dict() if self.account else None,
+            "selecting": self.selecting,
             "rows": [vars(one) for one in self.rows],
             "forecast": {**vars(self.forecast), "total": self.forecast.total} if self.forecast else None,
             "findings": [finding.as_dict() for finding in self.findings],
@@ -127,6 +130,7 @@ def _examine(result: Checkup, recipe: Recipe, anatomy: Anatomy) -> None:
     result.parameters = sum(parameter.numel() for parameter in anatomy.model.parameters())
     result.layers = alike(layers_of(anatomy, (), {}, {}))
     method = settled(recipe.build_method(), anatomy, recipe.lora, [rows.client for rows in result.rows])
+    result.selecting = layered_bytes(anatomy) if "side" in method.places else 0
     share = response_share(result.rows)
     work = workload(recipe.training, length=recipe.data.max_length, dtype=recipe.model.dtype, predicting=share)
     account = take_account(anatomy, method, recipe.lora, recipe.graft, work)
@@ -164,6 +168,10 @@ def _weigh(result: Checkup, recipe: Recipe, *, must_fit: bool) -> None:
             text = f"training needs about {size(memory.total)}, {there}"
             remedy = "raise training.accumulation, set training.checkpointing: true, or lower data.max_length"
             result.findings.append(Finding(severity="warning", text=text, remedy=remedy))
+        if memory.weights > room.total >= result.selecting > 0:
+            text = f"choosing experts needs no more than {size(result.selecting)} of the base at once and reads each weight once"
+            remedy = "fedgraft select chooses for all clients; a run that trains elsewhere, or quantised, takes its file (selection.file)"
+            result.findings.append(Finding(severity="note", text=text, remedy=remedy))
     cut = [one for one in result.rows if one.seen and one.cut / one.seen >= CUT_SHARE]
     if cut:
         listed = ", ".join(f"{one.client} {one.cut} of {one.seen}" for one in cut)

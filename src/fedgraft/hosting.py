@@ -13,7 +13,8 @@ import torch
 from fedgraft import __version__
 from fedgraft.address import place_of
 from fedgraft.bundle import Bundle
-from fedgraft.data.partition import SAFE_NAME, ClientData, check_rows, data_digest, load_clients, pooled, split_rows, training_counts
+from fedgraft.data.clients import Clients, check_rows
+from fedgraft.data.partition import SAFE_NAME, ClientData, pooled
 from fedgraft.engine.card import Card
 from fedgraft.engine.site import Site
 from fedgraft.engine.wire import ECHOED, Frame
@@ -31,7 +32,6 @@ from fedgraft.training.fit import NotFiniteError
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.transforms.attack import attacking
 from fedgraft.transforms.chain import Sending
-from fedgraft.transforms.secure_aggregation.client import masked_questions
 from fedgraft.tree import Tree
 
 
@@ -41,7 +41,7 @@ def training_of(recipe: Recipe, method: Method, clients: int) -> TrainingSetting
 
 
 class Holdings:
-    """Rows, base model and memories in one process, for one run. Rows are there at once, the model when it is first needed."""
+    """Rows, base model and memories in one process, for one run. Rows are read at once, the model when it is first needed."""
 
     def __init__(
         self, recipe: Recipe, memories: Path, hear: Callable[[str], Report] = lambda client: unheard, discreet: bool = False
@@ -58,11 +58,18 @@ class Holdings:
             ValueError: the rows cannot be read, or a client has none to be evaluated on.
         """
         self.recipe, self.memories, self.hear = recipe, memories, hear
-        privacy, coding = recipe.privacy, recipe.compression
-        self.sending = Sending(privacy=privacy, compression=coding, seed=recipe.seed, memories=memories, discreet=discreet)
+        self.sending = Sending(
+            privacy=recipe.privacy,
+            compression=recipe.compression,
+            secure=recipe.secure_aggregation,
+            seed=recipe.seed,
+            memories=memories,
+            discreet=discreet,
+        )
         self.method = recipe.build_method()
-        self.clients: dict[str, ClientData] = {data.name: data for data in load_clients(recipe.data, recipe.seed)}
-        check_rows(self.clients.values(), recipe.evaluation.split)
+        self.clients = Clients(recipe.data, recipe.seed)
+        self.rows = {name: outline.rows for name, outline in self.clients.outlines.items()}
+        check_rows(self.rows, recipe.evaluation.split)
         self.unseen: list[str] = []
         self.generic: list[Profile] = []
 
@@ -70,20 +77,28 @@ class Holdings:
         """Keep the unseen clients out of the federation; for a process that holds the rows of all clients.
 
         Raises:
-            ValueError: as `held_out`.
+            ValueError: as `held_out`, or choices made beforehand would know more rows of them than they are given.
         """
-        rows = {name: len(data.train) for name, data in self.clients.items()}
+        if self.recipe.selection.file is not None and self.recipe.evaluation.unseen.clients:
+            raise ValueError("selection.file: unseen clients choose by their first rows, in the run; leave out one of the two")
+        rows = {name: rows["train"] for name, rows in self.rows.items()}
         self.unseen = held_out(self.recipe.evaluation.unseen, rows, self.method, self.recipe.seed)
 
     @cached_property
-    def federated(self) -> dict[str, ClientData]:
-        """The clients of the federation."""
-        return {name: data for name, data in self.clients.items() if name not in self.unseen}
+    def federated(self) -> list[str]:
+        """Names of the clients of the federation."""
+        unseen = frozenset(self.unseen)
+        return [name for name in self.clients if name not in unseen]
 
     @cached_property
-    def sites(self) -> dict[str, ClientData]:
-        """Who trains."""
-        return pooled(self.federated) if self.method.pooled else self.federated
+    def sites(self) -> list[str]:
+        """Names of who trains."""
+        return list(self.pool) if self.method.pooled else self.federated
+
+    @cached_property
+    def pool(self) -> dict[str, ClientData]:
+        """The one site of a method that pools the clients' rows."""
+        return pooled({name: self.clients[name] for name in self.federated}) if self.method.pooled else {}
 
     @cached_property
     def base(self) -> Base:
@@ -121,11 +136,9 @@ class Holdings:
         method = settled(self.method, self.base, self.recipe.lora, list(names))
         questions = site_questions(method, self.recipe.evaluation, self.memories.parent / "evaluation", lends)
         if lends:
-            questions["train"] = attacking(self.recipe.attack, list(self.federated), self.recipe.seed, questions["train"])
-        secure, sent = self.recipe.secure_aggregation, self.sending.questions(questions)
-        questions = masked_questions(secure, sent, method.merge.weight, self.memories.parent)  # the outermost, so nothing comes after
+            questions["train"] = attacking(self.recipe.attack, self.federated, self.recipe.seed, questions["train"])
         return Site(
-            questions=questions | {"router": _router},
+            questions=self.sending.questions(questions, method.merge.weight) | {"router": _router},
             open_client=self.open,
             store=MemoryStore(self.memories),
         )
@@ -134,7 +147,7 @@ class Holdings:
         """A client without its memory."""
         recipe = self.recipe
         return Client(
-            data=(self.clients | self.sites)[name],
+            data=self.pool[name] if name in self.pool else self.clients[name],
             model=self.model,
             seed=recipe.seed,
             data_settings=recipe.data,
@@ -146,12 +159,12 @@ class Holdings:
 
     def card(self, name: str) -> Card:
         """How a client introduces itself."""
-        data, hidden = self.clients[name], self.sending.hides_rows
+        known, hidden = self.clients.outlines[name], self.sending.hides_rows
         return Card(
             name=name,
-            rows={} if hidden else split_rows(data),
-            categories={} if hidden else training_counts(data),
-            data_digest=self.sending.digest(name, data_digest(data)),
+            rows={} if hidden else known.rows,
+            categories={} if hidden else known.categories,
+            data_digest=self.sending.digest(name, known.digest),
             base_digest=self.base.digest,
             base_notes=tuple(self.base.notes),
             device=str(self.base.device),
@@ -234,9 +247,8 @@ class Host:
         key = (holdings, tuple(facts["clients"]))
         if self._site is None or self._site[0] != key:
             self._site = (key, holdings.site(facts["clients"]))
-        site = self._site[1]
         asked, committed = int(facts["asked"]), int(facts["committed"])
-        content = site.answer(facts["question"], facts["client"], frame.content, asked=asked, committed=committed)
+        content = self._site[1].answer(facts["question"], facts["client"], frame.content, asked=asked, committed=committed)
         return Frame(kind="reply", facts={name: facts[name] for name in ECHOED}, content=content)
 
     def _leave(self, frame: Frame, partition: int | None) -> Frame:
@@ -257,6 +269,8 @@ class Host:
             recipe = check_values(self.own(values), "the coordinator's recipe")
             if recipe.lora.init is not None:  # a folder of another machine; here it would be one of the site's
                 raise ValueError("lora.init: a site reads no folder that a coordinator names; install the coordinator's fedgraft version")
+            if recipe.selection.file is not None:
+                raise ValueError("selection.file: a site reads no file that a coordinator names; leave it out of the recipe")
             self._held = ((run, values), Holdings(recipe, self.memories(run), discreet=self.discreet))
         return self._held[1]
 

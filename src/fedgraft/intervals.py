@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 LEVEL = 0.95
 FEWEST = 5
 """Units below which there is no interval: of 4 there are only 35 different resamples."""
-CHUNK = 1 << 22
-"""Most numbers that are drawn at once."""
+CHUNK = 1 << 18
+"""Most numbers that are drawn at once, or those of one resample; some 6 MB, so that memory does not grow with the units."""
 Interval: TypeAlias = tuple[float, float]
 NORMAL = NormalDist()
 

@@ -236,7 +236,7 @@ def _in_simulation(recipe: Recipe, folder: Path, run: str, listener: Listener) -
 
     settings = recipe.engine
     assert isinstance(settings, SimulationSettings)
-    _refuse_pool(recipe)
+    _refuse_local(recipe)
     clients = len(load_clients(recipe.data, recipe.seed))
     handle = HostHere(folder=str(folder.absolute()), threads=max(1, round(settings.cpus)))
     simulation = Simulation(settings, handle, clients)
@@ -253,7 +253,7 @@ def _introduced(
     recipe: Recipe, settings: SimulationSettings | FlowerSettings, listener: Listener, *, wanted: int, **further: Any
 ) -> GridEngine:
     """An engine whose clients have introduced themselves."""
-    _refuse_pool(recipe)
+    _refuse_local(recipe)
     engine = GridEngine(
         recipe=recipe.model_dump(mode="json", exclude_unset=True, exclude={"engine": True, "lora": {"init"}}),
         listener=listener,
@@ -266,7 +266,10 @@ def _introduced(
     return engine
 
 
-def _refuse_pool(recipe: Recipe) -> None:
+def _refuse_local(recipe: Recipe) -> None:
+    """What takes rows or files of this process."""
+    if recipe.selection.file is not None:
+        raise ValueError("selection.file: clients behind an engine never see that file; remove it, or run with engine.name: inprocess")
     if recipe.build_method().pooled:
         raise ValueError(
             f"engine.name: method {recipe.method.name!r} pools the clients' rows, which stay where they are; set it to inprocess"

@@ -138,9 +138,9 @@ class Recipe(Section):
 
     def absolute(self) -> Recipe:
         """The recipe with local paths made absolute, so that it can be resumed from anywhere."""
-        parts: dict[str, Any] = {}
-        if self.data.path:
-            parts["data"] = self.data.model_copy(update={"path": _resolved(self.data.path)})
+        data, chosen = self.data, self.selection
+        parts: dict[str, Any] = {"data": data.model_copy(update={"path": _resolved(data.path)})} if data.path else {}
+        parts |= {"selection": chosen.model_copy(update={"file": _resolved(chosen.file)})} if chosen.file else {}
         own = {
             key: tuple(_resolved(name) if Path(name).expanduser().is_file() else name for name in getattr(self.evaluation, key))
             for key in TASKS

@@ -32,7 +32,7 @@ from fedgraft.report.html import leave_page
 from fedgraft.report.lines import drop_from, round_line
 from fedgraft.report.now import noting
 from fedgraft.report.progress import Progress, reply_text
-from fedgraft.report.record import Record, keep_choices, keep_finish
+from fedgraft.report.record import Choices, Record, keep_finish
 from fedgraft.report.recording import check, recording
 from fedgraft.report.results import write_results
 from fedgraft.report.spending import Spending
@@ -71,7 +71,7 @@ class Session:
         self.replies: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         self.late, self.told_left = list[str](), set[str]()
-        self.kept = Kept(folder, recipe.engine.keep_replies)
+        self.kept, self.choices = Kept(folder, recipe.engine.keep_replies), Choices(folder / "selection.json")
         self.tell_recorders: Callable[[], None] = lambda: None
         self._begin("loading", 2)
         self.reach = (connect or connecting(recipe.engine))(recipe, folder, self.run, self)
@@ -96,10 +96,10 @@ class Session:
         self.due = secure_due(recipe.secure_aggregation, due_replies(self.method, recipe.federation.norm_limit, self.guarantee.due))
         self.engine = self.reach.engine()
         self.progress.step("model")
-        federation, asked = recipe.federation, recipe.federation.clients_of(len(self.reach.sites))
+        asked = recipe.federation.clients_of(len(self.reach.sites))
         self.secure = SecureRounds(recipe.secure_aggregation, recipe.seed, self._heard, self.engine, self)
-        sums = self.secure.plan(self.method.merge, asked, lambda: [card.rows["train"] for card in self.reach.cards()])
-        keeps = self.kept.plan(self.account.bytes_up() * widening(recipe.compression), asked, federation.rounds)
+        sums = self.secure.plan(self.method.merge, asked, self.guarantee.rows, self.guarantee.contribution, self.shapes)
+        keeps = self.kept.plan(self.account.bytes_up() * widening(recipe.compression), asked, recipe.federation.rounds)
         self.progress.tell(
             [*summary(self.account), *self.guarantee.lines(), *summary_lines(recipe.compression, self.shapes), *sums, *keeps]
         )
@@ -117,8 +117,8 @@ class Session:
             self.guarantee.begin()
             if not self.opened:
                 self._open()
-            if left := range(self.server.round, self.recipe.federation.rounds):
-                self._begin("training", sum(len(self.server.participation(number).asked) for number in left))
+            if self.server.round < self.recipe.federation.rounds:
+                self._begin("training", self.server.expected())
             while self.server.round < self.recipe.federation.rounds:
                 self._round()
             self._finalize()
@@ -208,7 +208,7 @@ class Session:
             self._begin("selection", len(self.server.present()))
         self.kept.opening()
         self.method.open(self.method, self.server, self._ask)
-        keep_choices(self.folder / "selection.json", self.replies)
+        self.choices.keep(self.replies)
         self.kept.opened(self.server.state)
         self._commit()
         self.opened = True
@@ -219,7 +219,7 @@ class Session:
         Raises:
             ValueError: all of them have.
         """
-        left = [name for name in self.reach.sites if name in self.engine.left and name not in self.replies]
+        left = sorted(self.engine.left.intersection(self.reach.sites).difference(self.replies))
         for name in left:
             if name not in self.told_left:
                 self.told_left.add(name)
@@ -237,7 +237,7 @@ class Session:
         self.kept.round(self.server.round)
         self.method.round(self.method, self.server, self._ask)
         self.kept.merged(self.server.state)
-        keep_choices(self.folder / "selection.json", self.replies)
+        self.choices.keep(self.replies)
         self.late = []
         if self.failures and not self.replies:
             why = "\n".join(self.failures.values())

@@ -44,13 +44,20 @@ def subtract(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> Tree:
     Raises:
         ValueError: `old` lacks a leaf of `new` or holds it with another shape.
     """
-    delta: Tree = {}
+    check_holds(new, old)
+    return {key: leaf.double() - old[key].double() for key, leaf in new.items()}
+
+
+def check_holds(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
+    """`old` holds every leaf of `new`, with the same shape.
+
+    Raises:
+        ValueError: it lacks one, or holds it with another shape.
+    """
     for key, leaf in new.items():
         if key not in old or old[key].shape != leaf.shape:
             had = tuple(old[key].shape) if key in old else "nothing"
             raise ValueError(f"leaf {key!r}: got shape {tuple(leaf.shape)} where the state holds {had}")
-        delta[key] = leaf.double() - old[key].double()
-    return delta
 
 
 def apply_delta(state: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> Tree:

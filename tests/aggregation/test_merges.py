@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from fedgraft.aggregation.merges import Update, by_examples, uniform
+from fedgraft.aggregation import merges
+from fedgraft.aggregation.merges import Difference, Update, by_examples, uniform
 from fedgraft.aggregation.server_steps import replace
 from fedgraft.bundle import Bundle
 from fedgraft.tree import digest, equal, subtract
@@ -100,3 +101,29 @@ def test_replies_are_folded_as_they_come():
 
     assert by_examples.run(stream())["a"].item() == 1.0
     assert alive == []
+
+
+def test_a_fold_in_pieces_gives_the_bits_of_one_in_whole_leaves(monkeypatch):
+    """The twin is the formula, leaf by leaf; pieces of 7 divide no leaf. Leaves of other layouts and types are folded as well."""
+    monkeypatch.setattr(merges, "PIECE", 7)
+    draw = torch.Generator().manual_seed(0)
+    old = {key: torch.randn(5, 6, generator=draw) for key in ADDRESSES[:2]} | {ADDRESSES[2]: torch.randn((), generator=draw)}
+    news = [
+        {key: torch.randn(leaf.shape[::-1], generator=draw).permute(tuple(reversed(range(leaf.ndim)))) for key, leaf in old.items()}
+        for _ in range(4)
+    ]
+    news[2] = {key: leaf.bfloat16() for key, leaf in news[2].items()}
+    found = by_examples.run(Update(client=str(number), delta=Difference(new, old), examples=number + 3) for number, new in enumerate(news))
+    expected, total = subtract(news[0], old), 3
+    for number, new in list(enumerate(news))[1:]:
+        total += number + 3
+        for key, delta in subtract(new, old).items():
+            expected[key] += (delta - expected[key]) * ((number + 3) / total)
+    assert equal(found, expected)
+
+
+def test_a_difference_holds_what_the_state_holds():
+    (key, *_), leaf = ADDRESSES, torch.ones(2)
+    assert equal(dict(Difference({key: leaf}, {key: leaf / 4})), subtract({key: leaf}, {key: leaf / 4}))
+    with pytest.raises(ValueError, match="where the state holds nothing"):
+        Difference({key: leaf}, {})

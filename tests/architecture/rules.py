@@ -13,7 +13,7 @@ LAYERS = (
     {"serve"},
     {"deployment"},
     {"rehearsal", "checkup", "use", "joining"},
-    {"runner", "starter", "sweep", "forgetting"},
+    {"runner", "beforehand", "starter", "sweep", "forgetting"},
     {"session"},
     {"reach"},  # how a run gets at its clients
     {"hosting", "coordinating"},  # rows, base and memories of one process, for the run itself or behind an engine
@@ -24,7 +24,7 @@ LAYERS = (
     {"methods"},
     {"training", "aggregation", "selection"},
     {"grafts", "moe", "data"},
-    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals", "words", "yaml_text", "intervals"},
+    {"bundle", "address", "tree", "files", "seeds", "plugins", "settings", "signals", "turns", "words", "yaml_text", "intervals"},
 )
 BESIDE = {
     "grafts": {"moe"},

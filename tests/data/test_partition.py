@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedgraft.data.clients import training_counts
 from fedgraft.data.example import SPLITS, Example, read_rows
-from fedgraft.data.partition import allocate, by_dirichlet, load_clients, training_counts
+from fedgraft.data.partition import allocate, by_dirichlet, load_clients
 from fedgraft.data.settings import DataSettings
 
 NUMBERS = {"train": 60, "validation": 12, "test": 24}

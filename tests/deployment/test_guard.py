@@ -216,6 +216,8 @@ def test_categories_may_stay(opened, values):
         (request("join", {"model": "demo"}), "none that this fedgraft knows"),
         (request("join", {}, run="../../etc"), "cannot name a folder"),
         (request("join", {}, run=7), "none that this fedgraft knows"),
+        (Frame(kind="join", facts={"run": RUN}).encode(), "none that this fedgraft knows"),
+        (request("ask", {}, question="train", client=NAME, asked=0, committed=0), "none that this fedgraft knows"),
         (train({}, asked="0"), "none that this fedgraft knows"),
         (train({}, asked=True), "none that this fedgraft knows"),
         (train({}, clients=[1]), "none that this fedgraft knows"),
@@ -417,3 +419,11 @@ def test_secret_noise_of_two_sites_of_one_recipe_is_not_the_same(opened, values,
     replies = [Bundle.decode(answer(opened(), train(private, shared=shared, run=run)).content) for run in ("run-1", "run-2")]
     assert replies[0].digest() != replies[1].digest()
     assert [reply.facts.keys() for reply in replies] == [{"examples"}, {"examples"}]
+
+
+def test_a_run_cannot_take_its_masks_off(opened, values, shared):
+    """With noise in shares a single reply has a share of it alone, which masks alone hide."""
+    masked = values(secure_aggregation={"name": "secagg_plus"})
+    assert answer(opened(), request("join", masked)).kind == "card"
+    refused = answer(opened(), train(values(), shared=shared))
+    assert "the run began here with other settings of secure_aggregation" in refused.facts["reason"]

@@ -13,10 +13,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fedgraft.bundle import Bundle
 from fedgraft.moe.catalogue import families
 from fedgraft.moe.family import anatomy_of, router_matrix
-from fedgraft.moe.padding import can_compact, compacted
+from fedgraft.moe.layered import open_layered
+from fedgraft.moe.load import load_base
+from fedgraft.moe.padding import Compaction, spared
 from fedgraft.moe.routing import watching
+from fedgraft.moe.settings import ModelSettings
 from fedgraft.selection.choose import choose
 from fedgraft.selection.profile import measure
+from fedgraft.selection.streamed import measure_streamed
 from fedgraft.tree import equal
 from tests.families.conftest import CHOSEN, chosen, leaves, merge_by_hand
 from tests.families.twins import E, H, ids, shared_twin, twin
@@ -27,6 +31,8 @@ WITHOUT = {row["name"]: row["reason"] for row in families() if not row["supporte
 every_family = pytest.mark.parametrize("name", SUPPORTED)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 PADDED = {"deepseek_v4", "gemma4", "gemma4_text", "glm4_moe_lite", "jetmoe", "llama4", "llama4_text"}
+READ_ON = {"inkling2_text", "inkling_text", "zaya"}
+"""Families in which something reads other positions of the last MoE block's output: a convolution, a layer after it."""
 
 
 @torch.no_grad()
@@ -268,22 +274,28 @@ def test_leaves_survive_the_codec_and_clients_are_swapped_without_a_trace(grafte
 
 @every_family
 def test_padding_is_left_out_where_a_block_treats_every_token_by_itself(name):
-    """Blocks that hold the attention, or read token ids, keep it; elsewhere the real tokens' logits are the same to rounding."""
+    """Blocks that hold the attention, or read token ids, keep it; elsewhere logits are the same to rounding where they are read.
+
+    What is not read is left out of the last block if it is the last thing but norm and head.
+    """
     model = shared_twin(name)
     anatomy = anatomy_of(model)
-    assert can_compact(anatomy, torch.device("cpu")) == (name not in PADDED)
+    tried = Compaction.tried(anatomy, torch.device("cpu"))
+    assert tried == Compaction(padding=name not in PADDED, unread=name not in PADDED | READ_ON)
     if name in PADDED:
         return
-    mask = torch.ones_like(ids())
+    mask, seen = torch.ones_like(ids()), []
     mask[0, 5:] = 0
-    seen = []
+    read = mask.bool() & (torch.arange(mask.shape[1]) > 2)
     with torch.no_grad():
         whole = model(input_ids=ids(), attention_mask=mask, use_cache=False).logits
-        with compacted([site.block for site in anatomy.sites], mask), watching(anatomy.sites, lambda site, routed: seen.append(routed)):
+        blocks = [site.block for site in anatomy.sites]
+        with spared(blocks, mask, read if tried.unread else None), watching(anatomy.sites, lambda site, routed: seen.append(routed)):
             compact = model(input_ids=ids(), attention_mask=mask, use_cache=False).logits
         after = model(input_ids=ids(), attention_mask=mask, use_cache=False).logits
-    torch.testing.assert_close(compact[mask == 1], whole[mask == 1], **CLOSE)
-    assert {len(routed.x) for routed in seen} == {int(mask.sum())}
+    torch.testing.assert_close(compact[read], whole[read], **CLOSE)
+    last = int(read.sum() if tried.unread else mask.sum())
+    assert [len(routed.x) for routed in seen] == [*(int(mask.sum()) for _ in seen[1:]), last]
     assert torch.equal(after, whole)
 
 
@@ -310,3 +322,15 @@ def test_what_is_not_supported_has_a_reason_that_holds(name):
             anatomy_of(twin(name))
     else:
         assert WITHOUT[name] == "no causal language model in transformers"
+
+
+@every_family
+def test_experts_measured_one_layer_at_a_time_from_disk_are_those_measured_in_memory(name, tmp_path, tiny_tokenizer):
+    twin(name).save_pretrained(tmp_path, max_shard_size="60KB")
+    tiny_tokenizer.save_pretrained(tmp_path)
+    settings = ModelSettings(name=str(tmp_path), device="cpu")
+    batches = [Rows(ids(), torch.ones(2, 10)), Rows(ids(1, 7), torch.ones(1, 7))]
+    whole = measure(load_base(settings), batches, 25)
+    layered = measure_streamed(open_layered(settings), {"client": batches}, 25)["client"]
+    assert torch.equal(layered.error_LE, whole.error_LE)
+    assert torch.equal(layered.mass_LE, whole.mass_LE)

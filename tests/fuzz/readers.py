@@ -32,8 +32,11 @@ from fedgraft.moe.checkpoint import inspect_folder
 from fedgraft.recipe import load_recipe, shipped
 from fedgraft.report.record import read_document, read_recipe
 from fedgraft.report.tail import Tail
+from fedgraft.selection.prepared import read_choices
 from fedgraft.use.exported import ABOUT, LEAVES, ExportSource
 from fedgraft.use.prompts import read_prompts
+from tests.fuzz.server import BODIES, REQUESTS, posted, requested
+from tests.fuzz.site import guarded, requests
 
 LEAF = "layers.0.attention.q.A"
 SHARED = Bundle(trees={"shared": {LEAF: torch.arange(6.0).reshape(2, 3)}}, facts={"examples": 3, "loss": 0.5, "experts": [[1], [0]]})
@@ -41,6 +44,10 @@ FIGURES = {"personal": {"loss": 3.5, "gate_mean": [[0.1]], "interval": {"loss": 
 CARD = Card(name="ada", rows=dict.fromkeys(SPLITS, 3), categories={"law": 3}, data_digest="d", base_digest="b")
 SITE = "name: north\nmodel: {name: demo}\ndata: {dataset: jsonl, path: rows, partition: files}\npolicy: {methods: [flex], rounds: 3}\n"
 ROW = {"id": "r1", "prompt": "Q", "response": "A", "category": "law", "split": "train", "choices": ["A", "B"], "metric": "exact_match"}
+CHOSEN = {
+    **dict.fromkeys(("base", "base_digest", "criterion", "text", "dtype"), "x"),
+    "clients": {"ada": {"rows": "d", "experts": [[1], [0]], "errors": [[0.5, 0.1]], "tokens": 3, "mixture": [[[1, 0.5]]]}},
+}
 CHAT = {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
 TOKENS = [
     *(bytes([number]) for number in (0, 9, 10, 34, 39, 44, 45, 48, 58, 91, 92, 93, 123, 125, 127, 128, 194, 237, 255)),
@@ -284,6 +291,7 @@ READERS: dict[str, Reader] = {
     "federation.yaml": Reader(read=of_file("federation/federation.yaml", lambda path: find(path.parent)), seeds=(FEDERATION,), many=20_000),
     "run's recipe.yaml": Reader(read=of_file("run.yaml", read_recipe), seeds=(RUN,), many=20_000),
     "run's documents": Reader(read=of_file("x.json", read_document), seeds=_json({"schema": 1, "clients": {"ada": {}}}), many=MILLION),
+    "choices made before a run": Reader(read=of_file("choices.json", read_choices), seeds=_json({"schema": 1, **CHOSEN}), many=MILLION),
     "rounds.jsonl": Reader(
         read=of_file("rounds.jsonl", lines), seeds=(b'{"round": 0, "loss": 1.5}\n{"round": 1, "failed": {"bo": "x"}}\n',), many=MILLION
     ),
@@ -296,6 +304,9 @@ READERS: dict[str, Reader] = {
         seeds=_json({"schema": 1, "name": "ada", "base_digest": "b", "about": {"client": "ada"}, "recipe": {"seed": 1}}),
         many=200_000,
     ),
+    "HTTP request": Reader(read=requested, seeds=REQUESTS, many=500_000),
+    "HTTP body": Reader(read=posted, seeds=BODIES, many=200_000),
+    "coordinator's request": Reader(read=lambda content: guarded(folder(), content), seeds=requests(), many=200_000),
     "base's weights": Reader(read=checkpoint, seeds=(SHARED.encode(),), many=200_000),
     "base's index": Reader(read=indexed, seeds=_json({"weight_map": {"a.weight": "model-00001-of-00002.safetensors"}}), many=200_000),
 }

@@ -300,6 +300,19 @@ def test_pages_of_large_runs_stay_small(make, size):
     assert set(_table(parse(document), "response loss (nats/token)")) >= set(record.results)
 
 
+def test_the_page_of_thousands_of_clients_lists_some_and_says_so(make):
+    """Means, ranges and digests are of all of them."""
+    record = make(4000, layers=6, rounds=1)
+    record.environment["client_digests"] = dict.fromkeys(record.results, "a" * 64)
+    document = run_page(record)
+    root = parse(document)
+    figures = {figure.attributes["id"]: figure for figure in root.all("figure")}
+    assert len(document.encode()) < 2_500_000
+    assert "first 200 of 4000 clients" in figures["chosen-experts"].text
+    assert len(_table(root, "response loss (nats/token); the first 500 of 4000 clients, the record has all")) < 520
+    assert "of 4000 clients, in environment.json" in root.one("section", id="environment").text
+
+
 def test_a_drawing_of_too_many_clients_says_which(make):
     figures = {figure.attributes["id"]: figure for figure in parse(run_page(make(400, layers=48, rounds=60))).all("figure")}
     assert "first 166 of 400 clients" in figures["chosen-experts"].text  # 8,000 fields over 48 layers

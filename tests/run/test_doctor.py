@@ -92,6 +92,19 @@ def test_a_base_that_does_not_fit_fails_a_recipe(command: Command, world: World,
     assert errors[-1]["remedy"].startswith("set model.dtype: bfloat16")
 
 
+def test_a_base_that_does_not_fit_can_be_chosen_from_layer_by_layer(command: Command, world: World, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("fedgraft.moe.memory._free", lambda device: 24 * 2**30)
+    options = {"name": str(CONFIGS / "qwen1.5-moe-a2.7b.json"), "dtype": "bfloat16"}
+    found = json.loads(command("doctor", world.write(tmp_path / "recipe.yaml", model=options), "--json")[1])
+    outside = 2 * (151_936 * 2048 + 2048)
+    layer = 2 * (60 * 3 * 2048 * 1408 + 3 * 2048 * 5632 + 4 * 2048**2 + 3 * 2048 + 60 * 2048 + 2 * 2048 + 2048)
+    assert found["selecting"] == outside + 3 * layer  # 4.2 GB of 28.6
+    severities = {finding["severity"]: finding for finding in found["findings"]}
+    assert severities["error"]["text"].startswith("the base takes 28.6 GB")
+    assert severities["note"]["remedy"].startswith("fedgraft select chooses for all clients")
+    assert "fedgraft select" not in command("doctor", world.write(tmp_path / "recipe.yaml"))[1]
+
+
 def test_quantised_experts_take_half_the_memory(command: Command) -> None:
     def weights(*words: str) -> int:
         found = json.loads(command("doctor", CONFIGS / "olmoe-1b-7b-0924.json", "--json", "--set", "model.dtype=bfloat16", *words)[1])

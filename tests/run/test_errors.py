@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedgraft import files, hosting, runner
 from fedgraft.bundle import Bundle
+from fedgraft.data import calibration
 from fedgraft.evaluation import response
 from fedgraft.runner import run
-from fedgraft.training import client as client_module
 from fedgraft.training import fit as fit_module
 from fedgraft.training.client import MemoryStore
 from tests.conftest import COMMON
@@ -352,7 +352,7 @@ MEMORY_ERRORS = [
     ("module", "function", "where", "lower"),
     [
         (hosting, "load_base", "loading (", "set model.dtype: bfloat16"),
-        (client_module, "collate", "selection of client 'bakery' (", "lower selection.tokens"),
+        (calibration, "batches_alike", "selection of client 'bakery' (", "lower selection.tokens"),
         (fit_module, "_gradients", "training of client 'bakery' (", "raise training.accumulation up to training.batch_size"),
         (response, "batches_in_order", "evaluation of client 'bakery' (", "lower evaluation.batch_size"),
     ],

@@ -58,7 +58,8 @@ def train(
 ) -> tuple[Tree, list[float]]:
     """(trained leaves, loss of each step): dropout drawn from torch's default generator, AdamW, clipping, the responses' mean loss.
 
-    `padded`: MoE layers see the padding as well, as in a loop that knows nothing of it. `fused`: AdamW's kernel, which rounds otherwise.
+    `padded`: MoE layers see all tokens, as in a loop that knows nothing of padding and of what has no part in the loss.
+    `fused`: AdamW's kernel, which rounds otherwise.
     """
     assert model.base.compacts
     tree = {key: start[key].detach().clone().requires_grad_() for key in sorted(start)}
@@ -69,9 +70,9 @@ def train(
         torch.manual_seed(seed)
         for batch in steps:
             optimizer.zero_grad()
-            with nullcontext() if padded else model.base.without_padding(batch.mask):
+            with nullcontext() if padded else model.base.without_padding(batch.mask, batch.predicting):
                 logits = model.base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=-100)
             losses.append(loss.item())
             (loss if extra is None else loss + extra(tree, batch)).backward()
             torch.nn.utils.clip_grad_norm_(tree.values(), settings.clip)

@@ -72,6 +72,27 @@ def test_a_cohort_is_one_after_another_to_rounding(tiny_graft, family, train, fo
     assert not any(module.training for module in model.base.model.modules())
 
 
+@pytest.mark.parametrize(("train", "form"), KINDS)
+def test_a_client_without_response_tokens_trains_beside_others(tiny_graft, train, form):
+    """The last MoE layer then sees none of its tokens; it alone has loss 0 and stays where it is."""
+    model = tiny_graft("qwen2_moe", base={"dtype": torch.float64}, train=train, form=form)
+
+    def work(seed):
+        start = {key: leaf.double() for key, leaf in leaves(model, seed).items()}
+        steps = [[batch] for batch in batches(2, 2 + seed, seed)]
+        if seed == 1:
+            for (batch,) in steps:
+                batch.labels.fill_(-100)
+        return lambda passes: fit(model, start, steps, TrainingSettings(), lr=4e-5, seed=seed, experts=EXPERTS, passes=passes)
+
+    calls = [work(seed) for seed in range(3)]
+    results = together(calls)
+    for alone, joint in zip(one_by_one(calls), results, strict=True):
+        close(joint.tree, alone.tree, 1e-9)
+    assert results[1].loss == 0
+    close(results[1].tree, {key: leaf.double() for key, leaf in leaves(model, 1).items()}, 1e-12)
+
+
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"accumulation": 2}, {"weight_decay": 0.1, "optimizer_state": "kept"}])
 def test_in_single_precision_it_is_within_a_twentieth_of_a_step(tiny_graft, options):
     """AdamW moves an entry by up to lr = 4e-5 a step; with checkpointing the dropout of the first forward comes again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from fedgraft.aggregation.merges import by_examples
 from fedgraft.aggregation.server import Reply
 from fedgraft.bundle import Bundle
+from fedgraft.transforms.noise import seeded
 from fedgraft.transforms.secure_aggregation.client import masked_questions
+from fedgraft.transforms.secure_aggregation.contribution import Contribution
 from fedgraft.transforms.secure_aggregation.coordinator import SecureRounds
 from fedgraft.transforms.secure_aggregation.settings import SecAggPlus
 from fedgraft.tree import Tree
@@ -45,11 +47,14 @@ class Cohort:
     sent: list[tuple[str, str, Bundle]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     scale: float = 0.02
+    contribution: Contribution | None = None
 
     def __post_init__(self) -> None:
-        self.questions = masked_questions(self.settings, {"train": self.train}, by_examples.weight, self.folder)
+        own = self.contribution and replace(self.contribution, noise_of=lambda client: seeded(0, "client", client))
+        self.questions = masked_questions(self.settings, {"train": self.train}, by_examples.weight, self.folder, own)
         self.rounds = SecureRounds(self.settings, 0, self.ask, self, self)
-        self.rounds.plan(by_examples, len(self.clients), lambda: [one.examples for one in self.clients])
+        rows = {one.name: one.examples for one in self.clients}
+        self.rounds.plan(by_examples, len(self.clients), lambda: rows, self.contribution, self.shapes)
 
     def start(self, number: int = 0) -> Tree:
         """What all are sent."""
@@ -98,7 +103,14 @@ class Cohort:
         return replies[0].bundle if replies else None
 
 
-def cohort(folder: Path, count: int = 4, fate: Fate = lambda question, client: "", **settings: Any) -> Cohort:
+def cohort(
+    folder: Path,
+    count: int = 4,
+    fate: Fate = lambda question, client: "",
+    contribution: Contribution | None = None,
+    shapes: dict[str, tuple[int, ...]] = SHAPES,
+    **settings: Any,
+) -> Cohort:
     """So many clients with 1, 2, 3, ... rows."""
     clients = [One(name, examples=1 + at) for at, name in enumerate(NAMES[:count])]
-    return Cohort(folder, SecAggPlus(**settings), clients, fate)
+    return Cohort(folder, SecAggPlus(**settings), clients, fate, dict(shapes), contribution=contribution)

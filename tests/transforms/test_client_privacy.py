@@ -14,7 +14,8 @@ from fedgraft.aggregation.settings import FederationSettings
 from fedgraft.bundle import Bundle
 from fedgraft.methods.method import Method
 from fedgraft.transforms.client_privacy import CLIP, WITHIN, Terms, clipped, norm_of, protected
-from fedgraft.transforms.compression import Int8, compressed, restored
+from fedgraft.transforms.codings import Int8
+from fedgraft.transforms.compression import compressed, restored
 from fedgraft.transforms.noise import Noise, seeded
 from fedgraft.transforms.privacy import ClientPrivacy
 from fedgraft.tree import equal, subtract

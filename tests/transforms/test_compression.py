@@ -17,14 +17,18 @@ from fedgraft.report.progress import Quiet
 from fedgraft.runner import resume
 from fedgraft.runner import run as run_recipe
 from fedgraft.training.client import Client
-from fedgraft.transforms.compression import ERROR, Bf16, Fp16, Int8, TopK, compressed, restored
+from fedgraft.transforms.codings import Bf16, Fp16, Int8, TopK
+from fedgraft.transforms.compression import ERROR, compressed, restored, summary_lines
+from fedgraft.transforms.low_rank import LowRank
 from fedgraft.tree import equal, num_bytes
+from fedgraft.words import size
 from tests.contract.test_methods import StopAt
 from tests.methods.harness import ROWS
 from tests.strategies import given
 
 KEY = "layers.0.attention.q.A"
 KINDS = [Bf16(), Fp16(), Int8(), Int8(error_feedback=False), TopK(), TopK(share=1.0), TopK(error_feedback=False)]
+KINDS += [LowRank(), LowRank(rank=3, error_feedback=False), LowRank(rank=9)]
 
 
 class Memory:
@@ -108,6 +112,17 @@ def test_nothing_changed_is_nothing_sent_and_a_leaf_of_any_size_goes_through(set
         (TopK(share=0.02), {"shared": {KEY: torch.ones(2)}, "shared.index": {KEY: torch.tensor([1, 66]).int()}}, "do not ascend"),
         (TopK(share=0.02), {"shared": {KEY: torch.ones(2)}, "shared.index": {KEY: torch.tensor([-1, 6]).int()}}, "do not ascend"),
         (TopK(share=0.02), {"shared": {KEY: torch.ones(2)}, "shared.index": {KEY: torch.tensor([6, 6]).int()}}, "do not ascend"),
+        (LowRank(), {"shared.left": {KEY: torch.ones(6, 2)}}, "shared.right': got nothing"),
+        (
+            LowRank(),
+            {"shared.left": {KEY: torch.ones(6, 2)}, "shared.right": {KEY: torch.ones(11, 2)}},
+            r"\(11, 2\) in place of .*\(2, 11\)",
+        ),
+        (LowRank(), {"shared.left": {KEY: torch.ones(6, 3)}, "shared.right": {KEY: torch.ones(3, 11)}}, r"\(6, 3\) in place of .*\(6, 2\)"),
+        (LowRank(), {"shared.left": {KEY: torch.ones(6, 2).double()}, "shared.right": {KEY: torch.ones(2, 11)}}, "got torch.float64"),
+        (LowRank(), {"shared": {KEY: torch.ones(66)}}, "'shared': got torch.float32 .* in place of nothing"),
+        (LowRank(rank=9), {"shared.left": {KEY: torch.ones(6, 9)}, "shared.right": {KEY: torch.ones(9, 11)}}, "'shared': got nothing"),
+        (LowRank(), {"shared.right": {"layers.9.x": torch.ones(2, 11)}}, "not asked for"),
     ],
 )
 def test_a_reply_that_cannot_be_decoded_is_lost_by_name(settings, trees, reason):
@@ -136,7 +151,7 @@ def test_each_method_bears_compression_or_is_refused_with_a_reason(method):
         load_recipe(recipe)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "top_k"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "top_k", "low_rank"])
 @pytest.mark.parametrize("method", ["flex", "ditto", "fedper"])
 def test_a_run_counts_the_bytes_that_travel_and_leaves_personal_leaves_untouched(start, method, kind):
     """In the first round personal leaves are as without; what travels is the coded size, by hand."""
@@ -145,8 +160,14 @@ def test_a_run_counts_the_bytes_that_travel_and_leaves_personal_leaves_untouched
     line = json.loads((run.session.folder / "rounds.jsonl").read_text())
     replies = [content for question, _, content in run.up if question == "train"]
     assert line["bytes_up"] == sum(map(len, replies))
-    cost = {"bf16": lambda n: 2 * n, "int8": lambda n: n + 4, "top_k": lambda n: 8 * -(-n // 10)}[kind]
-    expected = sum(cost(leaf.numel()) for leaf in run.state.values())
+    cost = {
+        "bf16": lambda m, n: 2 * m * n,
+        "int8": lambda m, n: m * n + 4,
+        "top_k": lambda m, n: 8 * -(-m * n // 10),
+        "low_rank": lambda m, n: 4 * 2 * (m + n),  # of pairs of rank 4
+    }[kind]
+    expected = sum(cost(*leaf.shape) for leaf in run.state.values())
+    assert f"sent up as {kind}: {size(expected)}" in dict(summary_lines(run.session.recipe.compression, run.session.shapes))[""]
     for content in replies:
         assert sum(map(num_bytes, Bundle.decode(content).trees.values())) == expected
     for name in ROWS:
@@ -165,10 +186,10 @@ def test_none_is_no_compression_and_all_of_top_k_is_nearly_so(start):
         torch.testing.assert_close(whole.state[key], leaf, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("step", [2, 3])
-def test_a_resumed_run_carries_its_errors_on_bit_for_bit(place, tmp_path, step):
+@pytest.mark.parametrize(("kind", "step"), [("int8", 2), ("int8", 3), ("low_rank", 3)])
+def test_a_resumed_run_carries_its_errors_on_bit_for_bit(place, tmp_path, kind, step):
     """Stopped before and after a commit, with two of three clients a round."""
-    recipe = place.recipe("flex", federation={"clients_per_round": 2}, compression={"name": "int8"})
+    recipe = place.recipe("flex", federation={"clients_per_round": 2}, compression={"name": kind})
     whole = run_recipe(recipe, out=tmp_path / "whole", progress=Quiet())
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, out=tmp_path / "stopped", progress=StopAt("training", step))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from fedgraft.report.progress import Quiet
 from fedgraft.report.record import Record
 from fedgraft.runner import resume
 from fedgraft.runner import run as run_recipe
+from fedgraft.training.fit import _of_rows
 from fedgraft.transforms.accountant import epsilon
-from fedgraft.transforms.example_privacy import Gradients, Rows
-from fedgraft.transforms.noise import seeded
+from fedgraft.transforms.example_privacy import Gradients, Rows, by_rows
+from fedgraft.transforms.noise import Noise, seeded
 from fedgraft.transforms.privacy import ExamplePrivacy
 from tests.contract.test_methods import StopAt
 from tests.methods.harness import ROWS
@@ -77,6 +79,87 @@ def test_noise_is_on_every_leaf_with_the_stated_deviation():
     assert abs(float(spread.mean())) < 5 / spread.numel() ** 0.5
 
 
+def test_leaves_of_one_shape_and_clients_have_noise_of_their_own():
+    """Noise that two leaves share would be gone from their difference."""
+    seen = []
+    for secret in (seeded(0), seeded(1)):
+        found, leaves = Gradients(settings=ExamplePrivacy(), noise=secret, expected=4), leaves_of({"a": (3, 4), "b": (3, 4)})
+        found.give(leaves)
+        seen += [leaf.grad for leaf in leaves.values()]
+    assert len({tuple(grad.flatten().tolist()) for grad in seen}) == 4
+
+
+def test_secret_noise_belongs_to_the_sum_that_it_is_added_to():
+    """The same sum has the same noise again; of another one the difference is not the difference of the sums."""
+    noise = Noise(b"secret")
+
+    def step(value):
+        found, leaves = Gradients(settings=ExamplePrivacy(clip=8.0), noise=noise, expected=4.0), leaves_of({"a": (2, 3)})
+        leaves["a"].grad = torch.full((2, 3), value)
+        found.take(leaves)
+        found.give(leaves)
+        return leaves["a"].grad
+
+    assert torch.equal(step(1.0), step(1.0))
+    assert float((step(2.0) - step(1.0) - 1.0 / 4).abs().min()) > 1e-3
+
+
+def test_a_step_begins_without_the_rows_of_the_one_before():
+    found, leaves = gradients(clip=None), leaves_of({"a": (2,)})
+    leaves["a"].grad = torch.tensor([8.0, 4.0])
+    found.take(leaves)
+    found.give(leaves)
+    assert leaves["a"].grad.tolist() == [2.0, 1.0]
+    found.give(leaves)
+    assert leaves["a"].grad is None
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_row_whose_gradient_is_not_finite_spoils_the_step_which_ends_the_round(number):
+    """To leave it out in silence would be to tell, by what the step lacks, that it was there."""
+    found, leaves = gradients(clip=1.0), leaves_of({"a": (2,), "b": (3,)})
+    leaves["a"].grad, leaves["b"].grad = torch.tensor([1.0, number]), torch.ones(3)
+    found.take(leaves)
+    found.give(leaves)
+    assert all(leaf.grad.isnan().all() for leaf in leaves.values())
+
+
+@given(seed=st.integers(0, 2**32), count=st.integers(0, 5))
+def test_rows_are_clipped_one_by_one_in_the_training_loop(seed, count):
+    """`backward` adds to what is there, as here: each row's gradient is taken before the next one's is made. Brute force."""
+    rng = torch.Generator().manual_seed(seed)
+    rows, leaves = [torch.randn(5, generator=rng) * 3 for _ in range(count)], leaves_of({"a": (5,)})
+
+    def backward(parts):
+        (row,) = parts
+        leaves["a"].grad = row if leaves["a"].grad is None else leaves["a"].grad + row
+        return float(row[0])
+
+    loss = _of_rows(backward, rows, leaves, gradients(clip=2.0))
+    assert loss == pytest.approx(sum(float(row[0]) for row in rows) / max(1, count))
+    expected = sum((row * min(1.0, 2.0 / float(row.norm())) for row in rows), torch.zeros(5)) / 4
+    found = leaves["a"].grad
+    torch.testing.assert_close(torch.zeros(5) if found is None else found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_and_rows_of_a_round_are_a_function_of_the_round_and_with_a_secret_of_what_is_there():
+    """The seed of a simulation goes by the round alone, so that runs which differ by rounding draw the same rows."""
+    client = SimpleNamespace(name="ada", memory=Bundle(), by_rows=None)
+
+    def noise(secret, number=0, leaf=1.0, own=1.0):
+        client.memory = Bundle(trees={"personal": {"a": torch.full((2,), own)}})
+        package = Bundle(trees={"shared": {"b": torch.full((2,), leaf)}}, facts={"round": number})
+        asked = by_rows(ExamplePrivacy(), {"ada": secret}.__getitem__, lambda client, package: Bundle())
+        asked(client, package)
+        return client.by_rows.noise.secret
+
+    secret = Noise(b"secret")
+    for one in (secret, seeded(0)):
+        assert noise(one) == noise(one) != noise(one, number=1)
+    assert len({noise(secret), noise(secret, leaf=2.0), noise(secret, own=2.0)}) == 3
+    assert noise(seeded(0)) == noise(seeded(0), leaf=2.0, own=2.0)
+
+
 def test_each_row_is_drawn_by_itself_as_often_as_said():
     """3 of 12: each with probability 1/4 in 4,000 steps, two of them together with 1/16; all where as many are expected as there are."""
     rows = Rows(settings=ExamplePrivacy(), noise=seeded(3))
@@ -102,8 +185,7 @@ def test_without_clip_and_noise_steps_are_those_of_plain_training_on_the_same_ro
     alike = [row for row in client.data.train if row.response == client.data.train[0].response][:2]
     client.data = type(client.data)("cy", alike, [], [])
     shared = run.session.server.fresh_shared()
-    by_rows = Rows(settings=ExamplePrivacy(clip=None, noise_multiplier=0), noise=seeded(0))
-    client.by_rows = by_rows
+    client.by_rows = Rows(settings=ExamplePrivacy(clip=None, noise_multiplier=0), noise=seeded(0))
     mine = client.fit(shared, round_number=0, lr=1e-2, steps=client.batches(0))
     client.by_rows = None
     client.training = client.training.model_copy(update={"batch_size": 2})
@@ -115,6 +197,18 @@ def test_without_clip_and_noise_steps_are_those_of_plain_training_on_the_same_ro
         torch.testing.assert_close(mine.tree[key], leaf, rtol=0, atol=2e-4)
         moved = max(moved, float((leaf - shared[key]).abs().max()))
     assert moved > 5e-3
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(2, 2), (64, 5)])
+def test_a_client_draws_and_divides_by_its_batch_or_by_all_its_rows_if_these_are_fewer(start, monkeypatch, batch, expected):
+    """Of 5 rows; nothing of what was drawn is in the divisor. (The optimiser's own scaling hides a wrong one from whole runs.)"""
+    run, drawn, divided = train(start, privacy=NOISED, training={"batch_size": batch}, clients=("cy",)), [], []
+    chosen, made = Rows.chosen, Rows.gradients
+    monkeypatch.setattr(Rows, "chosen", lambda self, *numbers: drawn.append(numbers) or chosen(self, *numbers))
+    monkeypatch.setattr(Rows, "gradients", lambda self, number: divided.append(number) or made(self, number))
+    run.go()
+    assert drawn == [(0, 5, expected), (1, 5, expected)]
+    assert divided == [expected]
 
 
 @pytest.mark.parametrize("method", ["flex", "scaffold", "local"])

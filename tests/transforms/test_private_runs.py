@@ -30,6 +30,7 @@ BEARS = {
     "fedsa_lora", "fedyogi", "ffa_lora", "flex", "pfedme",
 }  # fmt: skip
 TWO = ("ada", "bo")
+SECURE = {"secure_aggregation": {"name": "secagg_plus"}}
 
 
 def refuses(recipe, reason):
@@ -57,7 +58,12 @@ def test_each_method_bears_it_or_is_refused_with_a_reason(method):
         ({"privacy": {"clip": None}}, "privacy.clip: noise is measured in units"),
         ({"privacy": {"clip": None, "noise_multiplier": 0, "quantile": 0.5}}, "privacy.quantile: the clip follows"),
         ({"engine": {"name": "flower"}, "evaluation": {"unseen": {"clients": 1}}}, "privacy.name: evaluation.unseen"),
-        ({"secure_aggregation": {"name": "secagg_plus"}}, "privacy.name: each reply .* secure_aggregation shows none"),
+        ({**SECURE, "privacy": {"clip": None, "noise_multiplier": 0}}, "privacy.clip: secure_aggregation sums numbers that have a bound"),
+        ({**SECURE, "privacy": {"quantile": 0.5}}, "privacy.quantile: the whole numbers"),
+        (
+            {**SECURE, "federation": {"sampling": "poisson"}},
+            "privacy.name: whether secure_aggregation opens .* federation.sampling to fixed",
+        ),
         ({"privacy": {"where": "clients"}}, "privacy.least: with where: clients say"),
         ({"privacy": {"where": "clients", "least": 2}, "compression": {"name": "bf16"}}, "privacy.where: coded shares"),
         ({"privacy": {"where": "clients", "least": 2}, "federation": {"sampling": "poisson"}}, "privacy.where: the coordinator knows"),

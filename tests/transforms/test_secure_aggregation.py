@@ -475,6 +475,7 @@ def test_each_method_bears_secure_aggregation_or_is_refused_with_a_reason(method
         ({"federation": {"merge": {"rule": "norm_bounded"}}}, "needs each reply"),
         ({"compression": {"name": "int8"}}, "compression.name 'int8'"),
         ({"compression": {"name": "bf16"}}, "compression.name 'bf16'"),
+        ({"compression": {"name": "low_rank"}}, "compression.name 'low_rank' makes numbers that cannot be summed"),
         ({"engine": {"keep_replies": True}}, "engine.keep_replies"),
         ({"method": {"name": "flex", "shared_graft": True}}, "method.shared_graft"),
     ],

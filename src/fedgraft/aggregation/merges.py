@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fedgraft.tree import Tree
+from fedgraft.tree import Tree, check_holds
+
+PIECE = 1 << 16
+"""Numbers that are folded at a time: few enough for the processor's cache, enough that the calls for a piece take little of its time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,10 +19,35 @@ class Update:
     """One client's change of the shared leaves."""
 
     client: str
-    delta: Tree
+    delta: Mapping[str, Tensor]
     """Trained - received, float64."""
     examples: int
     """Training rows of the client."""
+
+
+class Difference(Mapping[str, Tensor]):
+    """`subtract(new, old)`, of which a leaf is made when it is looked at, so that no more than one need be there."""
+
+    def __init__(self, new: Tree, old: Tree) -> None:
+        """Take both as they are.
+
+        Raises:
+            ValueError: as `subtract`.
+        """
+        check_holds(new, old)
+        self.new, self.old = new, old
+
+    def __getitem__(self, key: str) -> Tensor:
+        """One leaf, float64."""
+        return self.new[key].double() - self.old[key].double()
+
+    def __iter__(self) -> Iterator[str]:
+        """Addresses."""
+        return iter(self.new)
+
+    def __len__(self) -> int:
+        """Leaves."""
+        return len(self.new)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +83,34 @@ def weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Updat
 
     def run(updates: Iterable[Update]) -> Tree:
         mean: Tree = {}
+        room = torch.empty(2, PIECE, dtype=torch.float64)
         total: dict[str, float] = {}
         first: dict[str, str] = {}
         for update in updates:
-            share = weight(update)
-            for key, delta in update.delta.items():
+            share, delta = weight(update), update.delta
+            new, old = (delta.new, delta.old) if isinstance(delta, Difference) else (delta, None)
+            for key, leaf in new.items():
                 if key not in mean:
-                    mean[key], total[key], first[key] = delta.clone(), share, update.client
+                    mean[key], total[key], first[key] = delta[key].clone(memory_format=torch.contiguous_format), share, update.client
                     continue
-                check_shapes(key, first[key], mean[key], update.client, delta)
+                check_shapes(key, first[key], mean[key], update.client, leaf)
                 total[key] += share
-                mean[key] += (delta - mean[key]) * (share / total[key])
+                _approach(mean[key], leaf, None if old is None else old[key], share / total[key], room)
         return mean
 
     return run
+
+
+def _approach(mean: Tensor, new: Tensor, old: Tensor | None, share: float, room: Tensor) -> None:
+    """mean += (new - old - mean) * share, piece by piece, so that what lies between, in `room`, stays in the processor's cache."""
+    whole = mean.view(-1)
+    pieces = [leaf.reshape(-1).split(PIECE) for leaf in (whole, new) + (() if old is None else (old,))]
+    for here, there, *before in zip(*pieces, strict=True):
+        change, other = room[:, : len(here)]
+        change.copy_(there)
+        for leaf in before:
+            change.sub_(other.copy_(leaf))
+        here.add_(change.sub_(here).mul_(share))
 
 
 by_examples = Merge(run=weighted_mean(lambda update: float(update.examples)), weight=lambda examples: examples)

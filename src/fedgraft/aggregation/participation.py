@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from fedgraft import plugins, seeds
@@ -39,14 +40,24 @@ class Participation:
 def take_part(settings: FederationSettings, clients: Sequence[str], seed: int, round_number: int, steps: Steps) -> Participation:
     """The clients of a round."""
     sampled = SAMPLES[settings.sampling](settings, clients, seed, round_number)
-    dropped = [name for name in sampled if _dropped(settings, seed, round_number, name)]
-    asked = [name for name in sampled if name not in dropped]
+    gone = {name for name in sampled if _dropped(settings, seed, round_number, name)}
+    dropped, asked = ([name for name in sampled if (name in gone) == away] for away in (True, False))
     done = {name: steps(round_number, name) for name in asked}
     if settings.deadline is None:
         return Participation(asked=asked, dropped=dropped, steps=done)
     seconds = {name: round(done[name] * _step_seconds(settings, seed, round_number, name), 6) for name in asked}
     late = [name for name in asked if seconds[name] > settings.deadline]
     return Participation(asked=asked, dropped=dropped, steps=done, seconds=seconds, late=late)
+
+
+def expected(settings: FederationSettings, clients: Sequence[str], seed: int, rounds: Sequence[int]) -> int:
+    """How many replies these rounds wait for, all told.
+
+    Counted; under `poisson` the mean, since counting would draw for every client in every round before the first one.
+    """
+    if settings.sampling == "poisson":
+        return round(len(rounds) * settings.clients_of(len(clients)) * (1 - settings.dropout))
+    return sum(len(take_part(settings, clients, seed, number, lambda *_: 0).asked) for number in rounds)
 
 
 def _fixed(settings: FederationSettings, clients: Sequence[str], seed: int, round_number: int) -> list[str]:
@@ -59,7 +70,7 @@ def _poisson(settings: FederationSettings, clients: Sequence[str], seed: int, ro
     """The probability is one of all clients, so that it does not depend on who else is there."""
     rate = settings.clients_of(len(clients)) / len(clients)
     there = present(settings, clients, seed, round_number)
-    return [name for name in there if seeds.numpy_rng(seed, "sampling", round_number, name).random() < rate]
+    return [name for name in there if seeds.uniform(seed, "sampling", round_number, name) < rate]
 
 
 SAMPLES: dict[str, Callable[[FederationSettings, Sequence[str], int, int], list[str]]] = {"fixed": _fixed, "poisson": _poisson}
@@ -67,7 +78,12 @@ SAMPLES: dict[str, Callable[[FederationSettings, Sequence[str], int, int], list[
 
 def present(settings: FederationSettings, clients: Sequence[str], seed: int, round_number: int) -> list[str]:
     """The clients that have joined by a round."""
-    return [name for name in clients if _first_round(settings, seed, name) <= round_number]
+    if settings.join == 0:
+        return list(clients)
+    if isinstance(settings.join, dict):
+        return [name for name in clients if settings.join.get(name, 0) <= round_number]
+    first = _first_rounds(settings.join, tuple(clients), seed)
+    return [name for name, joins in zip(clients, first, strict=True) if joins <= round_number]
 
 
 def check(settings: FederationSettings, clients: Sequence[str], merge: Merge) -> None:
@@ -89,10 +105,10 @@ def check(settings: FederationSettings, clients: Sequence[str], merge: Merge) ->
         )
 
 
-def _first_round(settings: FederationSettings, seed: int, client: str) -> int:
-    if isinstance(settings.join, dict):
-        return settings.join.get(client, 0)
-    return int(seeds.numpy_rng(seed, "join", client).integers(settings.join + 1)) if settings.join else 0
+@lru_cache(maxsize=2)
+def _first_rounds(most: int, clients: tuple[str, ...], seed: int) -> list[int]:
+    """Of each client, drawn once for all rounds."""
+    return [int(seeds.numpy_rng(seed, "join", name).integers(most + 1)) for name in clients]
 
 
 def _dropped(settings: FederationSettings, seed: int, round_number: int, client: str) -> bool:

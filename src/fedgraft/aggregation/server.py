@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from fedgraft.aggregation.participation import Participation, Steps, present, take_part
+from fedgraft.aggregation.participation import Participation, Steps, expected, present, take_part
 from fedgraft.aggregation.settings import FederationSettings
 from fedgraft.bundle import Bundle
 from fedgraft.tree import Tree
@@ -41,6 +41,8 @@ class Server:
     state: Bundle = field(default_factory=Bundle)
     round: int = 0
     """Number of the round in hand = rounds finished."""
+    _part: tuple[int, Participation] | None = field(default=None, repr=False)
+    """The round that was last asked for, since drawing for very many clients takes its time."""
 
     def sampled(self) -> list[str]:
         """Clients that are asked in this round, in the order of `clients`."""
@@ -48,7 +50,13 @@ class Server:
 
     def participation(self, round_number: int) -> Participation:
         """Who takes part in a round."""
-        return take_part(self.federation, self.clients, self.seed, round_number, self.steps)
+        if self._part is None or self._part[0] != round_number:
+            self._part = (round_number, take_part(self.federation, self.clients, self.seed, round_number, self.steps))
+        return self._part[1]
+
+    def expected(self) -> int:
+        """How many replies the rounds that are left wait for."""
+        return expected(self.federation, self.clients, self.seed, range(self.round, self.federation.rounds))
 
     def present(self) -> list[str]:
         """Clients that have joined by now."""

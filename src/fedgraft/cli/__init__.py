@@ -15,6 +15,7 @@ from fedgraft.cli import (  # noqa: F401  # each registers its commands, in the 
     listing,
     report,
     run,
+    select,
     serve,
     sweep,
     watch,

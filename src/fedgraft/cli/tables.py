@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedgraft.report.table import Table
 
 MOST_COLUMNS = 8  # of runs that a terminal has room for
+MOST_CLIENTS = 100  # of a table; more scroll out of sight, and the record has them
 WIDEST_NAME = 36
 
 
@@ -30,8 +31,10 @@ def _upright(table: Table) -> Any:
     drawn = RichTable("client")
     for name in table.columns:
         drawn.add_column(name, justify="right")
-    for client, values in table.clients.items():
+    for client, values in list(table.clients.items())[:MOST_CLIENTS]:
         drawn.add_row(client, *(_cell(table, values, name) for name in table.columns))
+    if (more := len(table.clients) - MOST_CLIENTS) > 0:
+        drawn.add_row(f"and {more} more", style="dim")
     drawn.add_section()
     for row, values in table.summary.items():
         drawn.add_row(row, *(_cell(table, values, name) for name in table.columns), style="bold" if row == "mean" else None)

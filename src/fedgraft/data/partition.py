@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -53,27 +51,21 @@ def load_clients(settings: DataSettings, seed: int) -> list[ClientData]:
     Raises:
         ValueError: too few rows for what is asked, a client without rows, two clients of one name, or a name unfit for a folder.
     """
-    dataset = plugins.load("dataset", settings.dataset)
-    load: Load = dataset.load
-    if hasattr(dataset, "splits"):  # all splits in one reading; what was read is let go of with this call
-        read = cache(dataset.splits)
-        load = lambda split, path=None: read(path)[split]  # noqa: E731
-    clients = PARTITIONS[settings.partition](settings, load, seed)
-    _check(clients, settings)
-    return sorted(clients, key=lambda client: client.name)
+    clients = PARTITIONS[settings.partition](settings, _loader(settings), seed)
+    return sorted(checked(clients, settings), key=lambda client: client.name)
 
 
-def check_rows(clients: Iterable[ClientData], split: str) -> None:
-    """Every client has rows to be evaluated on.
+def file_readers(settings: DataSettings, seed: int) -> list[tuple[str, Callable[[], ClientData]]]:
+    """(name, what reads its rows) of each client of the partition `files`, nothing of which is read yet.
 
     Raises:
-        ValueError: one has none.
+        ValueError: there are no files.
     """
-    for data in clients:
-        if not getattr(data, split):
-            raise ValueError(
-                f"client {data.name!r} has no {split} rows to be evaluated on; raise data.{split}_rows or choose another evaluation.split"
-            )
+
+    def read(name: str, entry: Path) -> ClientData:
+        return _of_file(settings, _loader(settings), seed, name, entry)  # a loader holds on to what it has read
+
+    return [(name, partial(read, name, entry)) for name, entry in _client_files(settings)]
 
 
 def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
@@ -82,24 +74,6 @@ def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
     while name in {client.lower() for client in clients}:
         name += "_"
     return {name: ClientData(name, [row for client in clients.values() for row in client.train], [], [])}
-
-
-def training_counts(client: ClientData) -> dict[str, int]:
-    """Training rows per category."""
-    return dict(sorted(Counter(row.category for row in client.train).items()))
-
-
-def split_rows(client: ClientData) -> dict[str, int]:
-    """Rows per split."""
-    return {split: len(getattr(client, split)) for split in SPLITS}
-
-
-def data_digest(client: ClientData) -> str:
-    """SHA-256 over all rows of a client."""
-    sums = hashlib.sha256()
-    for row in (*client.train, *client.validation, *client.test):
-        sums.update(f"{row}{row.scoring}\n".encode())
-    return sums.hexdigest()
 
 
 def by_category(settings: DataSettings, load: Load, seed: int) -> list[ClientData]:
@@ -167,13 +141,7 @@ def by_file(settings: DataSettings, load: Load, seed: int) -> list[ClientData]:
 
     With `settings.name` all of it is one client.
     """
-    clients = []
-    for name, entry in _client_files(settings):
-        rows = {
-            split: [row for row in load(split, str(entry)) if row.category in (settings.categories or [row.category])] for split in SPLITS
-        }
-        clients.append(ClientData(name, **{split: _pick(rows[split], _limit(settings, split), seed, name, split) for split in SPLITS}))
-    return clients
+    return [_of_file(settings, load, seed, name, entry) for name, entry in _client_files(settings)]
 
 
 PARTITIONS: dict[str, Callable[[DataSettings, Load, int], list[ClientData]]] = {
@@ -195,6 +163,21 @@ def allocate(size: int, mixture: NDArray[np.float64], available: Counts) -> Coun
         left = available - share
         share += np.minimum(_whole(short, left / left.sum()), left)
     return share
+
+
+def _loader(settings: DataSettings) -> Load:
+    """The dataset's `load`; where it has `splits`, a file is read once for all of them, and its rows are held as long as the loader is."""
+    dataset = plugins.load("dataset", settings.dataset)
+    load: Load = dataset.load
+    if not hasattr(dataset, "splits"):
+        return load
+    read = cache(dataset.splits)
+    return lambda split, path=None: read(path)[split]
+
+
+def _of_file(settings: DataSettings, load: Load, seed: int, name: str, entry: Path) -> ClientData:
+    rows = {split: [row for row in load(split, str(entry)) if row.category in (settings.categories or [row.category])] for split in SPLITS}
+    return ClientData(name, **{split: _pick(rows[split], _limit(settings, split), seed, name, split) for split in SPLITS})
 
 
 def _whole(size: int, mixture: NDArray[np.float64]) -> Counts:
@@ -277,7 +260,12 @@ def _client_files(settings: DataSettings) -> list[tuple[str, Path]]:
     return [(entry.name.removesuffix(".gz").removesuffix(".jsonl"), entry) for entry in found]
 
 
-def _check(clients: list[ClientData], settings: DataSettings) -> None:
+def checked(clients: Iterable[ClientData], settings: DataSettings) -> Iterator[ClientData]:
+    """The same clients, one at a time.
+
+    Raises:
+        ValueError: one has no rows, a name that another has, or one unfit for a folder.
+    """
     seen: dict[str, str] = {}
     for client in clients:
         if not SAFE_NAME.fullmatch(client.name) or DEVICE.fullmatch(client.name):
@@ -294,3 +282,4 @@ def _check(clients: list[ClientData], settings: DataSettings) -> None:
             if not getattr(client, split) and _limit(settings, split) != 0:
                 remedy = "add rows" if split == "train" else f"add rows, give some the field split: {split}, or set data.{split}_rows: 0"
                 raise ValueError(f"client {client.name!r} has no {split} rows; {remedy}")
+        yield client

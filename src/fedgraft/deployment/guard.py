@@ -28,7 +28,7 @@ from fedgraft.recipe import Recipe, check_values
 from fedgraft.report.record import read_document, write_document
 from fedgraft.tree import Predicate
 
-BOUND = ("method", "lora", "graft", "privacy", "compression")
+BOUND = ("method", "lora", "graft", "privacy", "secure_aggregation", "compression")
 """Sections of a recipe that decide which leaves are personal, and how the others are protected; a run keeps them for good."""
 
 
@@ -50,7 +50,8 @@ class _Asked:
     def of(request: bytes) -> _Asked:
         frame = Frame.decode(request, "the coordinator's request")
         facts, asking = frame.facts, frame.kind == "ask"
-        recipe, clients = facts.get("recipe", {}), facts.get("clients", [])
+        recipe: Any = facts.get("recipe", {} if frame.kind == "leave" else None)
+        clients: Any = facts.get("clients", None if asking else [])
         texts = {name: facts.get(name, "") for name in ("run", "question", "client")}
         numbers = [facts.get(name) for name in ("asked", "committed")] if asking else []
         sections = isinstance(recipe, dict) and all(isinstance(section, dict | int | None) for section in recipe.values())

@@ -69,8 +69,9 @@ class Lane:
     """How many rows of the batch are its own; they come after those of the lanes before it."""
     length: int
     """Tokens a row in a batch of its own; what the batch has more is padding that belongs to nobody."""
-    tokens: int
-    """Its tokens without any padding, which are all that a layer sees where padding is left out."""
+    counts: tuple[int, ...]
+    """How many of its tokens a layer sees that doesn't see all: those without any padding, and in the last one perhaps only those with a
+    part in the loss."""
     draws: Draws
     """Where its dropout is drawn."""
 
@@ -143,7 +144,7 @@ def _over_lanes(lanes: Sequence[Lane], place: str, whole: Tensor, work: Callable
 
     Padding that belongs to no lane stays as it is in `whole`.
     """
-    padded, parts = _has_padding(whole, lanes), []
+    padded, parts = _counts(whole, lanes) is None, []
     rests = _rests(whole, lanes) if padded else [None] * len(lanes)
     for number, (lane, rest) in enumerate(zip(lanes, rests, strict=True)):
         with lane.draws.at(place, whole.device):
@@ -153,11 +154,12 @@ def _over_lanes(lanes: Sequence[Lane], place: str, whole: Tensor, work: Callable
 
 
 def _parts(tensor: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
-    """The lanes' parts of a tensor over the batch: their rows and tokens [rows, tokens, F], without padding their tokens [1, tokens, F]."""
-    if _has_padding(tensor, lanes):
+    """The lanes' parts of a tensor over the batch: their rows and tokens [rows, tokens, F], or what a layer sees of them [1, tokens, F]."""
+    counts = _counts(tensor, lanes)
+    if counts is None:
         return [rows[:, : lane.length] if lane.length < rows.shape[1] else rows for rows, lane in _by_rows(tensor, lanes)]
     flat = tensor.reshape(-1, tensor.shape[-1])
-    return [part[None] for part in flat.split([lane.tokens for lane in lanes])]
+    return [part[None] for part in flat.split(counts)]
 
 
 def _rests(tensor: Tensor, lanes: Sequence[Lane]) -> list[Tensor | None]:
@@ -165,19 +167,20 @@ def _rests(tensor: Tensor, lanes: Sequence[Lane]) -> list[Tensor | None]:
     return [rows[:, lane.length :] if lane.length < rows.shape[1] else None for rows, lane in _by_rows(tensor, lanes)]
 
 
-def _has_padding(tensor: Tensor, lanes: Sequence[Lane]) -> bool:
-    """Whether a layer sees padding too; a batch that has none is the same both ways.
+def _counts(tensor: Tensor, lanes: Sequence[Lane]) -> list[int] | None:
+    """How many tokens of each lane a layer sees, None where it sees whole rows; a batch without padding is the same both ways.
 
     Raises:
-        ValueError: neither the rows with their padding nor the tokens without, by rows or as one list.
+        ValueError: neither the rows with their padding nor so many tokens of them, by rows or as one list.
     """
-    seen, tokens = tuple(tensor.shape[:-1]), sum(lane.tokens for lane in lanes)
-    if seen in ((tokens,), (1, tokens)):
-        return False
+    seen = tuple(tensor.shape[:-1])
+    for counts in map(list, zip(*(lane.counts for lane in lanes), strict=True)):
+        if seen in ((sum(counts),), (1, sum(counts))):
+            return counts
     rows, length = sum(lane.rows for lane in lanes), max(lane.length for lane in lanes)
     if seen not in ((rows * length,), (rows, length)):
         raise ValueError(f"engine.cohort: a layer of this model sees {list(tensor.shape)} for {rows} rows of {length} tokens; set it to 1")
-    return True
+    return None
 
 
 def _by_rows(tensor: Tensor, lanes: Sequence[Lane]) -> Iterator[tuple[Tensor, Lane]]:

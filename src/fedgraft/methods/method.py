@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 from torch import Tensor
 
 from fedgraft.address import is_residual, nothing, within
-from fedgraft.aggregation.merges import Merge, Update, by_examples
+from fedgraft.aggregation.merges import Difference, Merge, Update, by_examples
 from fedgraft.aggregation.replies import Form, as_packed, no_leaves
 from fedgraft.aggregation.server import Ask, Reply, Server
 from fedgraft.aggregation.server_steps import ServerStep, replace
@@ -24,10 +25,11 @@ from fedgraft.bundle import Bundle, Fact
 from fedgraft.grafts.graft import Experts, adapter_shapes
 from fedgraft.grafts.lora import LoraSettings, Shapes
 from fedgraft.moe.family import Anatomy
+from fedgraft.selection.prepared import Wanted, prepared_choice
 from fedgraft.selection.select import Choice, select_experts
 from fedgraft.training.client import Client
 from fedgraft.training.local_rules import LocalRule, plain
-from fedgraft.tree import Predicate, Tree, combine, partition, subtract
+from fedgraft.tree import Predicate, Tree, combine, partition
 
 RowShares: TypeAlias = Callable[[Sequence[Sequence[int]]], Tensor]
 """The prompts of some rows as token ids -> one share in [0, 1] for each [rows]; no leaves are in use meanwhile."""
@@ -92,7 +94,7 @@ def absorb_updates(method: Method, server: Server, replies: Iterator[Reply]) -> 
             examples = reply.bundle.facts["examples"]
             assert isinstance(examples, int)
             try:
-                delta = subtract(reply.bundle.tree("shared"), shared)
+                delta = Difference(reply.bundle.tree("shared"), shared)
             except ValueError as error:
                 raise ValueError(f"client {reply.client!r}: {error}") from error
             yield Update(client=reply.client, delta=delta, examples=examples)
@@ -111,12 +113,15 @@ def grow_graft(method: Method, client: Client, package: Bundle) -> Bundle:
 
 
 def choose_experts(client: Client) -> Choice:
-    """The source experts of its own grafts, by the recipe's criterion and text."""
-    graft = client.model.graft_settings
+    """The source experts of its own grafts, by the recipe's criterion and text, or as they were chosen beforehand."""
+    graft, base, settings = client.model.graft_settings, client.model.base, client.selection
+    if settings.file is not None:
+        wanted = Wanted(base=base, data=client.data, settings=settings, per_layer=graft.per_layer, mixture=graft.mixture)
+        return prepared_choice(Path(settings.file), wanted)
     return select_experts(
-        client.model.base,
+        base,
         client.calibration(),
-        client.selection,
+        settings,
         graft.per_layer,
         client.seed,
         client.name,

@@ -38,6 +38,8 @@ class Checkpoint:
     dtypes: dict[str, str]
     """Tensor name -> element type as safetensors writes it (F32, BF16, U8, ...)."""
     shapes: dict[str, tuple[int, ...]]
+    where: dict[str, Path]
+    """Tensor name -> the shard that holds it."""
     ignored: tuple[str, ...]
     """Weight files that are not part of the model: what lies beside it under other names."""
 
@@ -68,6 +70,7 @@ def inspect_folder(folder: Path) -> Checkpoint:
     shards = _shards(folder, names)
     dtypes: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    where: dict[str, Path] = {}
     for shard, expected in shards.items():
         found = _header(shard)
         absent = sorted(expected - found.keys())
@@ -75,9 +78,10 @@ def inspect_folder(folder: Path) -> Checkpoint:
             raise ValueError(f"{shard}: lacks {_listed(absent)}, which {INDEX} expects there; copy the shard again")
         dtypes |= {name: kind for name, (kind, _) in found.items()}
         shapes |= {name: shape for name, (_, shape) in found.items()}
+        where |= dict.fromkeys(found, shard)
     _check_experts(folder, shapes)
     ignored = sorted(name for name in names if name.endswith(".safetensors") and folder / name not in shards)
-    return Checkpoint(folder=folder, shards=tuple(shards), dtypes=dtypes, shapes=shapes, ignored=tuple(ignored))
+    return Checkpoint(folder=folder, shards=tuple(shards), dtypes=dtypes, shapes=shapes, where=where, ignored=tuple(ignored))
 
 
 def _shards(folder: Path, names: set[str]) -> dict[Path, set[str]]:

@@ -9,7 +9,7 @@ parameters `gate_up_proj` [E, 2I, H] (or `up_proj` [E, I, H]) and `down_proj` [E
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +109,18 @@ def layer_number(path: str) -> int | None:
     """The decoder layer in a module path: its first number."""
     number = re.search(r"\.(\d+)\.", path)
     return int(number.group(1)) if number else None
+
+
+def list_of_layers(sites: Sequence[Site]) -> str:
+    """Module path of the one list of decoder layers that has all these MoE layers.
+
+    Raises:
+        ValueError: there are several.
+    """
+    found = sorted({re.split(r"\.\d+\.", site.path, maxsplit=1)[0] for site in sites})
+    if len(found) != 1:
+        raise ValueError(f"its MoE layers are in several lists of decoder layers: {', '.join(found)}")
+    return found[0]
 
 
 def weight_row(site: Site, index: int) -> Tensor:

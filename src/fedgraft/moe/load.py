@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fedgraft.moe.architecture import Architecture, stray_text_weights
-from fedgraft.moe.checkpoint import inspect_folder
+from fedgraft.moe.checkpoint import Checkpoint, inspect_folder
 from fedgraft.moe.family import Anatomy, Family, anatomy_of
 from fedgraft.moe.hub import hub_weights
 from fedgraft.moe.memory import check_room, means_out_of_memory
-from fedgraft.moe.padding import can_compact, compacted
+from fedgraft.moe.padding import Compaction, spared
 from fedgraft.moe.plan import Plan, examine, file_notes
 from fedgraft.moe.quantise import check_plain, quiet_torchao
 from fedgraft.moe.settings import ModelSettings
@@ -53,17 +53,22 @@ class Base(Anatomy):
         return int(token if token is not None else self.tokenizer.eos_token_id)
 
     @cached_property
+    def _compaction(self) -> Compaction:
+        return Compaction.tried(self, self.device)
+
+    @property
     def compacts(self) -> bool:
         """Whether `without_padding` is for this model; it is tried out when first asked, in evaluation mode."""
-        return can_compact(self, self.device)
+        return self._compaction.padding
 
-    def without_padding(self, mask: Tensor) -> AbstractContextManager[None]:
-        """A forward of rows with this mask [B, L] inside the block spares MoE layers the padding; equal to rounding at real tokens.
+    def without_padding(self, mask: Tensor, read: Tensor) -> AbstractContextManager[None]:
+        """A forward of rows with this mask [B, L] inside the block spares MoE layers the padding; equal to rounding where it is `read`.
 
-        Whatever watches or adapts these layers then sees the N real tokens, in the order of the rows.
+        If nothing else reads what the last of them makes of a position, it is spared all but those positions ([B, L] bool). Whatever
+        watches or adapts these layers then sees the N tokens that are left, in the order of the rows.
         """
         assert self.compacts
-        return compacted([site.block for site in self.sites], mask)
+        return spared([site.block for site in self.sites], mask, read if self._compaction.unread else None)
 
     @contextmanager
     def logits_at(self, chosen: Tensor) -> Iterator[None]:
@@ -102,16 +107,38 @@ def load_base(settings: ModelSettings) -> Base:
         torch.set_num_threads(settings.threads)
     plan = examine(settings)
     check_room(settings.name, plan.needed, plan.room, settings)
-    checkpoint = plan.checkpoint or inspect_folder(hub_weights(settings, str(plan.commit)))
-    where = f"model.name {settings.name!r}:"
-    try:
-        check_plain(plan.architecture, checkpoint)
-        tokenizer = _tokenizer(checkpoint.folder, plan.architecture)
+    checkpoint = checkpoint_of(settings, plan)
+    with naming(settings):
+        tokenizer = tokenizer_of(checkpoint.folder, plan.architecture)
         model = _model(checkpoint.folder, plan)
-    except ValueError as error:
-        raise ValueError(f"{where} {error}") from error
-    digest = _digest(checkpoint.folder) if plan.commit is None else _digest_of_commit(settings.name, plan.commit)
+    digest = digest_of(settings, plan, checkpoint)
     return prepare(settings.name, model, tokenizer, digest, (*plan.notes, *file_notes(settings, checkpoint)))
+
+
+@contextmanager
+def naming(settings: ModelSettings) -> Iterator[None]:
+    """Errors say which model they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"model.name {settings.name!r}: {error}") from error
+
+
+def checkpoint_of(settings: ModelSettings, plan: Plan) -> Checkpoint:
+    """The weight files, downloaded where the model is a hub name.
+
+    Raises:
+        ValueError: they are incomplete, damaged, or packed without saying so.
+    """
+    checkpoint = plan.checkpoint or inspect_folder(hub_weights(settings, str(plan.commit)))
+    with naming(settings):
+        check_plain(plan.architecture, checkpoint)
+    return checkpoint
+
+
+def digest_of(settings: ModelSettings, plan: Plan, checkpoint: Checkpoint) -> str:
+    """What tells this base from every other: `Base.digest`."""
+    return _digest(checkpoint.folder) if plan.commit is None else _digest_of_commit(settings.name, plan.commit)
 
 
 def prepare(name: str, model: Any, tokenizer: Any, digest: str, notes: tuple[str, ...] = ()) -> Base:
@@ -154,7 +181,12 @@ def probe(model: nn.Module, sites: list[Site], device: torch.device | str = "cpu
         raise ValueError(f"{wrong[0]}: ran {fired[wrong[0]]} times in one forward, so a graft there would not act as specified")
 
 
-def _tokenizer(folder: Path, architecture: Architecture) -> Any:
+def tokenizer_of(folder: Path, architecture: Architecture) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: it cannot be read or belongs to another model.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch import nn
 
 from fedgraft.moe.architecture import Architecture, read_architecture
-from fedgraft.moe.family import Anatomy
+from fedgraft.moe.family import Anatomy, list_of_layers
 from fedgraft.moe.quantise import expert_parameters, int8_bytes
 from fedgraft.moe.settings import ModelSettings
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+JOINING = 3
+"""A decoder layer takes at most so many times its size while it is read: experts one by one, their projections stacked, and joined."""
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|cannot allocate memory", re.IGNORECASE)
 
 
@@ -112,9 +115,34 @@ def check_room(name: str, needed: Needed, room: Room, settings: ModelSettings) -
     )
 
 
+def layered_bytes(skeleton: Anatomy) -> int:
+    """Weights in memory at once when experts are chosen layer by layer: embeddings, and the largest decoder layer while it is put together.
+
+    Raises:
+        ValueError: the MoE layers are in several lists.
+    """
+    layers: Any = skeleton.model.get_submodule(list_of_layers(skeleton.sites))
+    sizes = [_bytes(layer) for layer in layers]
+    return _bytes(skeleton.model.base_model) - sum(sizes) + JOINING * max(sizes)
+
+
+def check_layered_room(needed: int, room: Room) -> None:
+    """Refuse a base of which not even one decoder layer fits.
+
+    Raises:
+        ValueError: with both figures.
+    """
+    if needed > room.total:
+        raise ValueError(f"even layer by layer it needs {gib(needed)}, and {gib(room.total)} is free; take a larger machine")
+
+
 def gib(size: int) -> str:
     """Bytes for people."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 100 else f"{size / 2**20:.2f} MiB"
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _free(device: torch.device) -> int:

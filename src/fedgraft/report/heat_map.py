@@ -13,6 +13,7 @@ from fedgraft.report.figures import element, label_width, short
 
 VIRIDIS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
 FIELDS = 8_000  # of one heat map
+MOST = 200  # rows of one: more can be scrolled through, but not taken in
 EVEN = 0.179  # luminance on which black and white read equally well: (1.05 / (L + 0.05) = (L + 0.05) / 0.05)
 
 
@@ -56,7 +57,7 @@ def heat_map(
 
     A page stays small: of very many rows the first are shown, and the caption says so.
     """
-    room = max(1, FIELDS // max(1, sum(map(len, next(iter(rows.values()))))))
+    room = min(MOST, max(1, FIELDS // max(1, sum(map(len, next(iter(rows.values())))))))
     count = len(rows)
     if count > room:
         rows = dict(list(rows.items())[:room])

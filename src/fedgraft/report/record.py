@@ -173,13 +173,24 @@ def keep_finish(folder: Path, line: dict[str, Any]) -> None:
     write_document(folder / FINISH, {"finishes": [*before, line]})
 
 
-def keep_choices(path: Path, replies: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add to `selection.json` what clients chose that are not in it yet; one that joined late chooses when it first trains."""
-    known = read_document(path).get("clients", {})
-    told = {name: facts for name, facts in replies.items() if facts.get("experts") and name not in known}
-    if told:
-        chosen = {name: {key: facts[key] for key in CHOICE if key in facts} for name, facts in told.items()}
-        write_document(path, {"clients": known | chosen})
+class Choices:
+    """`selection.json`: what each client chose, added once; one that joined late chooses when it first trains."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: set[str] | None = None
+        """Who is in it; read once, since every reply tells the choice again."""
+
+    def keep(self, replies: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add the choices of clients that are not in it yet."""
+        told = {name: facts for name, facts in replies.items() if facts.get("experts")}
+        if not told or (self._known is not None and told.keys() <= self._known):
+            return
+        known = read_document(self.path).get("clients", {})
+        chosen = {name: {key: facts[key] for key in CHOICE if key in facts} for name, facts in told.items() if name not in known}
+        if chosen:
+            write_document(self.path, {"clients": known | chosen})
+        self._known = {*known, *chosen}
 
 
 def sweep_runs(folder: Path) -> list[Path] | None:

@@ -104,12 +104,13 @@ def _means(means: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
 def _dominates(measured: Figures) -> Figure:
     shares = {client: figures["dominates"] for client, figures in measured.items()}
     values = [share for layers in shares.values() for share in layers]
+    high = max(values)
     return heat_map(
         "graft-dominates",
         "Tokens that the graft dominates",
-        f"{100 * statistics.fmean(values):.1f} % on average, {100 * max(values):.1f} % at most.",
-        {client: [[_share(share, max(values))] for share in layers] for client, layers in shares.items()},
-        scale=("0 %", f"{100 * max(values):.0f} %"),
+        f"{100 * statistics.fmean(values):.1f} % on average, {100 * high:.1f} % at most.",
+        {client: [[_share(share, high)] for share in layers] for client, layers in shares.items()},
+        scale=("0 %", f"{100 * high:.0f} %"),
         caption="Share of tokens to which the grafts of a layer add more, by norm, than its routed experts; in per cent.",
     )
 

@@ -10,7 +10,7 @@ from fedgraft.report.bars import stacked
 from fedgraft.report.blocks import Block, Commands, Facts, Figure, Grid, Note, Section
 from fedgraft.report.figures import STYLES, dots
 from fedgraft.report.record import Record
-from fedgraft.report.shaping import RESUME, absent, flat, grid, headline, shown, styles
+from fedgraft.report.shaping import LISTED, RESUME, absent, flat, grid, headline, listed, shown, styles
 from fedgraft.report.table import run_tables
 
 RunSection: TypeAlias = Callable[[Record], Section]
@@ -55,7 +55,8 @@ def data(record: Record) -> Section:
         parts = [f"{counts[kind]:,}" if kind in counts else "" for kind in kinds] if narrow else ["; ".join(named)]
         rows.append([client, f"{sum(counts.values()):,}", *parts, *_cut(record, client)])
     columns = ["client", "training rows", *(kinds if narrow else ["largest categories"]), "cut in training", "cut in evaluation"]
-    table = Grid(caption="Training rows of each client by category, and rows cut to the longest length", columns=columns, rows=rows)
+    rows, caption = listed(rows, "Training rows of each client by category, and rows cut to the longest length")
+    table = Grid(caption=caption, columns=columns, rows=rows)
     longest = record.recipe.get("data", {}).get("max_length", "the longest length")
     text = f"A row of more than {longest} tokens is cut, its context first. Training counts a row each time it is drawn."
     return Section(name="data", title="Data", blocks=[table, partition(held, alone=not narrow), Note(text=text)])
@@ -78,7 +79,8 @@ def partition(held: Mapping[str, Mapping[str, int]], *, alone: bool) -> Figure:
     single = sum(sum(count > 0 for count in counts.values()) == 1 for counts in held.values())
     text = f"{len(held)} clients with {rows_told} training rows each, of {len(kinds)} categories; {single or 'none'} with a single one."
     told = [[client, *(f"{row[part]:,.0f}" for part in parts)] for client, row in rows.items()]
-    table = Grid(caption="Training rows by the largest categories", columns=["client", *parts], rows=told)
+    told, caption = listed(told, "Training rows by the largest categories")
+    table = Grid(caption=caption, columns=["client", *parts], rows=told)
     return stacked(
         "partition",
         "Who has what",
@@ -106,6 +108,8 @@ def environment(record: Record) -> Section:
     known = {name: value for name, value in record.environment.items() if name not in {"schema", "clients", "rows"}}
     if not known:
         return absent("environment", "Environment", "The environment was not written.")
+    if len(digests := known.get("client_digests", {})) > LISTED:
+        known["client_digests"] = f"of {len(digests)} clients, in environment.json"
     if "command" in known:
         known["command"] = shlex.join(map(str, known["command"]))
     return Section(name="environment", title="Environment", blocks=[Facts(items=[(name, shown(value)) for name, value in flat(known)])])

@@ -16,6 +16,8 @@ from fedgraft.report.table import FROM, TO, Table, described
 GAINS = ("gain over base", "gain over local")
 MANY = 8
 """Columns of a table that can be taken in side by side; more become its rows, where they can be sorted."""
+LISTED = 500
+"""Clients of a table; of more the first are listed, since a page is to be opened anywhere."""
 WITHHELD = "Under differential privacy clients do not tell their losses, tokens, times and choices."
 RESUME = "fedgraft resume ."
 """How a run goes on, said in its own folder, where its page lies."""
@@ -74,10 +76,18 @@ def grid(table: Table, column: str = "model") -> Grid:
         [[name, *(value(row, one, table.digits) for one in table.columns)] for name, row in rows.items()]
         for rows in (table.clients, table.summary)
     )
+    clients, caption = listed(clients, table.title)
     columns = ["client", *table.columns]
     if len(table.columns) > max(MANY, len(clients)):
-        return turned(Grid(caption=table.title, columns=columns, rows=[*feet, *clients]), column)
-    return Grid(caption=table.title, columns=columns, rows=clients, feet=feet)
+        return turned(Grid(caption=caption, columns=columns, rows=[*feet, *clients]), column)
+    return Grid(caption=caption, columns=columns, rows=clients, feet=feet)
+
+
+def listed(rows: list[list[str]], caption: str) -> tuple[list[list[str]], str]:
+    """The rows of clients that a table has room for, and its caption, which says so where these are not all."""
+    if len(rows) <= LISTED:
+        return rows, caption
+    return rows[:LISTED], f"{caption}; the first {LISTED} of {len(rows)} clients, the record has all"
 
 
 def turned(table: Grid, column: str) -> Grid:

@@ -8,16 +8,16 @@ per layer, k = experts per token, I = expert width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fedgraft.moe.load import Base
-from fedgraft.moe.routing import normalised, watching
-from fedgraft.moe.site import Routed, Site
+from fedgraft.moe.reading import reading
+from fedgraft.moe.routing import normalised
+from fedgraft.moe.site import Site
 
 GRAM_BYTES = 2 << 30
 """Most memory that the per-token Gram matrices of a profile may take."""
@@ -79,11 +79,10 @@ def measure(
 ) -> Profile:
     """Profile the first `tokens` real tokens of `batches` (all of them when there are fewer), row by row; padding does not count.
 
-    Every expert runs on every token, once where `CHUNK_BYTES` hold what they give, else the chosen ones twice. In fp32 the
-    routed output is made of that, so that the pass costs a forward and E/k - 1 times its routed experts; in 16 bits they run by themselves
-    as well, so that later layers see what they see in use. Sums over H are taken
-    in the model's precision, at least fp32, which is that of the summands; sums over tokens in float64. Memory beside the sums is
-    O(tokens of a batch x (I + H)) and at most `CHUNK_BYTES`.
+    Every expert runs on every token, once where `CHUNK_BYTES` hold what they give, else the chosen ones twice. In fp32 the routed output is
+    made of that, so that the pass costs a forward and E/k - 1 times its routed experts; in 16 bits they run by themselves as well, so that
+    later layers see what they see in use. Sums over H are taken in the model's precision, at least fp32, which is that of the summands;
+    sums over tokens in float64. Memory beside the sums is O(tokens of a batch x (I + H)) and at most `CHUNK_BYTES`.
 
     Args:
         base: the unmodified model, in eval mode.
@@ -96,23 +95,55 @@ def measure(
         ValueError: a budget below 1, no real token, outputs that are not finite, or Gram matrices beyond `GRAM_BYTES`.
     """
     assert not base.model.training, "calibration runs the model as it predicts: call eval() first"
-    _check_budget(base.sites, tokens, gram)
-    meter = _Meter(base, tokens, gram)
-    with torch.no_grad(), meter.reading():
-        for batch in batches:
-            mask = batch.mask.to(base.device) != 0
-            meter.real = _first(mask.flatten(), tokens - meter.seen)
-            if bool(meter.real.any()):
-                base.model.base_model(input_ids=batch.ids.to(base.device), attention_mask=mask.long(), use_cache=False)
-                meter.seen += int(meter.real.sum())
+    check_budget(base.sites, tokens, gram)
+    meter = Meter(base, tokens, gram)
+    with torch.no_grad(), reading(base, meter.see):
+        for part in parts(batches, tokens, base.device):
+            meter.take(part)
+            if part.tokens:
+                base.model.base_model(input_ids=part.ids, attention_mask=part.mask, use_cache=False)
             if progress is not None:
                 progress(meter.seen)
-            if meter.seen == tokens:
-                break
     return meter.profile()
 
 
-def _check_budget(sites: list[Site], tokens: int, gram: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A batch, and what of it is within a budget of tokens."""
+
+    ids: Tensor
+    """[B, T]"""
+    mask: Tensor
+    """[B, T] int64, 1 at real tokens"""
+    real: Tensor
+    """[B * T] bool, the tokens that count"""
+    before: int
+    """Tokens that counted in earlier batches"""
+
+    @property
+    def tokens(self) -> int:
+        """How many count."""
+        return int(self.real.sum())
+
+
+def parts(batches: Iterable[Tokens], tokens: int, device: torch.device) -> Iterator[Part]:
+    """The batches on a device, until `tokens` real tokens have come; no more are drawn."""
+    seen = 0
+    for batch in batches:
+        mask = batch.mask.to(device) != 0
+        part = Part(ids=batch.ids.to(device), mask=mask.long(), real=_first(mask.flatten(), tokens - seen), before=seen)
+        seen += part.tokens
+        yield part
+        if seen == tokens:
+            return
+
+
+def check_budget(sites: list[Site], tokens: int, gram: bool) -> None:
+    """Refuse a budget below 1, or Gram matrices beyond `GRAM_BYTES`.
+
+    Raises:
+        ValueError: with the budget that fits.
+    """
     if tokens < 1:
         raise ValueError(f"selection.tokens is {tokens}; calibration needs at least 1 token")
     per_token = sum(4 * site.num_experts**2 for site in sites)
@@ -128,15 +159,15 @@ def _first(real: Tensor, budget: int) -> Tensor:
     return real & (real.cumsum(0) <= budget)
 
 
-class _Meter:
-    """The running sums of one pass."""
+class Meter:
+    """The running sums of one client."""
 
     def __init__(self, base: Base, tokens: int, gram: bool) -> None:
         layers, experts = len(base.sites), base.sites[0].num_experts
         self.base, self.gram = base, gram
         self.slot = {site.path: number for number, site in enumerate(base.sites)}
         self.real = torch.zeros(0, dtype=torch.bool)
-        self.seen = 0
+        self.before = self.seen = 0
         self.full = torch.zeros(2, layers, dtype=torch.float64)  # R normalised, R raw
         self.per_expert = torch.zeros(6, layers, experts, dtype=torch.float64)  # ||O||^2, <R, O>, raw <R, O>, count, mass, strength
         kept = tokens if gram else 0
@@ -144,43 +175,20 @@ class _Meter:
         self.token_dot = torch.empty(layers, kept, experts, dtype=torch.float64)
         self.token_gram = torch.empty(layers, kept, experts, experts)
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Forwards inside the block are measured; experts that can be stood in for run on all tokens and not once more by themselves.
+    def take(self, part: Part) -> None:
+        """The forwards that follow are of this part; it may come again for another layer."""
+        self.real, self.before = part.real, part.before
+        self.seen = max(self.seen, part.before + part.tokens)
 
-        Those in 16 bits do, since their own dispatch rounds in places of its own; so do those whose forward is not the class's.
-        """
-        exact = self.base.model.dtype in {torch.float32, torch.float64}
-        replaced = [site for site in self.base.sites if exact and site.replaceable and "forward" not in vars(site.experts)]
-        watched = [site for site in self.base.sites if site not in replaced]
-        for site in replaced:
-            site.experts.forward = self._instead(site)
-        try:
-            with watching(watched, self._watch):
-                yield
-        finally:
-            for site in replaced:
-                del site.experts.forward
-
-    def _watch(self, site: Site, routed: Routed) -> None:
-        self._see(site, routed.x, routed.index, routed.weight)
-
-    def _instead(self, site: Site) -> Callable[..., Tensor]:
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return self._see(site, site.inputs((args, kwargs)), *site.routing(site, (args, kwargs))).view_as(hidden)
-
-        return forward
-
-    def _see(self, site: Site, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    def see(self, site: Site, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Add the real tokens of one layer's forward; returns the routed output [T, H], zeros at all others."""
         real = self.real.to(x.device).nonzero().flatten()
         routed = torch.zeros_like(x)
         rows = CHUNK_BYTES // (x.element_size() * site.num_experts * x.shape[1])
         held = self.gram or rows >= CHUNK_TOKENS
-        start = 0
+        start = self.before
         for part in real.split(max(1, rows) if held else max(1, len(real))):
-            routed[part] = self._add(site, self.seen + start, x[part], index[part], weight[part].double(), held).to(x.dtype)
+            routed[part] = self._add(site, start, x[part], index[part], weight[part].double(), held).to(x.dtype)
             start += len(part)
         return routed
 

@@ -47,8 +47,7 @@ def select_experts(
         ValueError: unknown criterion, or more grafts than experts.
     """
     budget = settings.budget(base.device.type)
-    wanted = max(per_layer, mixture)
-    gram = needs_gram(settings.criterion, wanted)
+    gram = needs_gram(settings.criterion, max(per_layer, mixture))
     if known and not gram:
         profile = known[0]
         report(profile.tokens, budget)
@@ -56,6 +55,16 @@ def select_experts(
         profile = measure(base, batches, budget, gram=gram, progress=lambda seen: report(seen, budget))
         if known is not None and not gram:
             known.append(profile)
+    return choice_by(profile, settings, per_layer, seed, client, mixture)
+
+
+def choice_by(profile: Profile, settings: SelectionSettings, per_layer: int, seed: int, client: str, mixture: int = 1) -> Choice:
+    """What a profile says; as `select_experts`.
+
+    Raises:
+        ValueError: as `select_experts`.
+    """
+    wanted = max(per_layer, mixture)
     experts = choose(settings.criterion, profile, wanted, seeds.numpy_rng(seed, "selection", client))
     mixed = zip(experts, shares(settings.criterion, profile, experts), strict=True) if mixture > 1 else ()
     return Choice(

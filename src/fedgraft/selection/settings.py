@@ -23,6 +23,10 @@ class SelectionSettings(Section):
     """What the experts are judged on: `own`, the client's training text; `generic`, shipped general text (about 14,000 tokens at most), the
     same for every client and apart from the text that `evaluation.knowledge_tokens` measures on."""
 
+    file: str | None = None
+    """Choices made beforehand: what `fedgraft select` wrote for these clients and this base. They are read, and nothing is measured in the
+    run. Only with `engine: inprocess`, since a site reads no file that a coordinator names."""
+
     def budget(self, device_type: str) -> int:
         """Calibration tokens per client on a torch device type."""
         return self.tokens or (CPU_TOKENS if device_type == "cpu" else GPU_TOKENS)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fedgraft import seeds
 from fedgraft.bundle import Bundle
-from fedgraft.data.batches import Batch, Row, batches_alike, by_length, collate, encode, first_tokens, round_rows
+from fedgraft.data.batches import Batch, Row, by_length, collate, encode, round_rows
+from fedgraft.data.calibration import generic_rows, in_batches, own_rows
 from fedgraft.data.example import Example
-from fedgraft.data.general_text import calibration_texts
 from fedgraft.data.partition import ClientData
 from fedgraft.data.settings import DataSettings
 from fedgraft.grafts.graft import Experts, GraftedModel
@@ -23,9 +23,6 @@ from fedgraft.selection.settings import SelectionSettings
 from fedgraft.training.fit import Fit, GradientHook, NotFiniteError, Passes, Penalty, RowGradients, alone, fit
 from fedgraft.training.settings import TrainingSettings
 from fedgraft.tree import Tree
-
-CALIBRATION_ROWS = 8
-"""Rows of full length in a batch of calibration text."""
 
 
 class Report(Protocol):
@@ -128,26 +125,12 @@ class Client:
         return min(self.training.batch_size, self.examples)
 
     def calibration(self) -> Iterator[Batch]:
-        """Batches with the tokens that experts are chosen by, the client's budget of them and rows of like length together.
-
-        They are its own prompt + response text in a random order of its own, or generic text (`selection.text`).
-        """
-        base, rows = self.model.base, self._generic_rows() if self.selection.text == "generic" else self._own_rows()
-        chosen = list(first_tokens(rows, self.selection.budget(base.device.type)))
-        for batch in batches_alike(chosen, CALIBRATION_ROWS * self.data_settings.max_length, base.pad_id):
+        """Batches with the tokens that experts are chosen by: its own prompt + response text, or generic text (`selection.text`)."""
+        base, length = self.model.base, self.data_settings.max_length
+        own = self.selection.text == "own"
+        rows = own_rows(self.data.train, self._row, self.seed, self.name) if own else generic_rows(base.tokenizer, length, self.seed)
+        for batch in in_batches(rows, self.selection.budget(base.device.type), length, base.pad_id):
             yield batch.to(base.device)
-
-    def _own_rows(self) -> Iterator[Row]:
-        for index in seeds.numpy_rng(self.seed, "calibration", self.name).permutation(self.examples):
-            yield self._row(self.data.train[int(index)])
-
-    def _generic_rows(self) -> Iterator[Row]:
-        """The shipped documents in an order that is the same for every client, cut into rows."""
-        texts, length = calibration_texts(), self.data_settings.max_length
-        for index in seeds.numpy_rng(self.seed, "calibration").permutation(len(texts)):
-            ids = self.model.base.tokenizer(texts[int(index)], add_special_tokens=False, verbose=False)["input_ids"]
-            for start in range(0, len(ids), length):
-                yield Row(ids[start : start + length], start=0)
 
     def fit(
         self,

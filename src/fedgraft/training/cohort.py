@@ -8,12 +8,11 @@ to rounding, and a client whose numbers are not finite harms no other.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +23,9 @@ from fedgraft.grafts.graft import Fitted, GraftedModel
 from fedgraft.grafts.lanes import Draws, Lane
 from fedgraft.training.fit import Gradients, NotFiniteError, Passes, Use, autocast, sparing, training_mode
 from fedgraft.training.settings import TrainingSettings
+from fedgraft.turns import Turns
 
 T = TypeVar("T")
-
-
-class Abandoned(BaseException):
-    """The cohort is given up; raised where a client waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,77 +45,32 @@ class Step:
         return max(1, sum(part.response_tokens for part in self.parts))
 
 
-class Member(Generic[T]):
-    """One client's work in a thread of its own, which runs only while `go_on` waits for it."""
+class Member(Turns[Step, float, T]):
+    """One client's work; it hands over its steps and is answered with their losses."""
 
     def __init__(self, work: Callable[[Passes], T]) -> None:
         """Prepare it; `work` is called with the passes to train with."""
-        self.step: Step | None = None
-        self._work = work
-        self._losses, self._said = SimpleQueue[float | None](), SimpleQueue[Step | None]()
-        self._running = self._ended = False
-        self._result: list[T] = []
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="cohort", daemon=True)
-        self._thread.start()
+        super().__init__(lambda hand_over: work(partial(_passes, hand_over)), "cohort")
 
-    def go_on(self, loss: float | None = 0.0) -> None:
-        """Let it run with the loss of its step to its next one (then `step` is that) or to its end (then None).
+    def go_on(self, heard: float = 0.0) -> None:
+        """Let it run with the loss of its step to its next one or to its end.
 
         Raises:
             BaseException: whatever it raised, but for `NotFiniteError`.
         """
-        self._hand_over(loss)
-        if self._error is not None and not isinstance(self._error, NotFiniteError):
-            raise self._error
+        with suppress(NotFiniteError):
+            super().go_on(heard)
 
-    def result(self) -> T | NotFiniteError:
+    def outcome(self) -> T | NotFiniteError:
         """What it returned, or why it could not train."""
-        if isinstance(self._error, NotFiniteError):
-            return self._error
-        return self._result[0]
+        return self.error if isinstance(self.error, NotFiniteError) else self.result()
 
-    def leave(self) -> None:
-        """End the thread, wherever it is."""
-        if self._running:  # the caller was interrupted while it waited
-            self._listen()
-        while not self._ended:
-            self._hand_over(None)
-        self._thread.join()
 
-    def _hand_over(self, loss: float | None) -> None:
-        self._running = True
-        self._losses.put(loss)
-        self._listen()
-
-    def _listen(self) -> None:
-        self.step = self._said.get()
-        self._running, self._ended = False, self.step is None
-
-    def _run(self) -> None:
-        try:
-            self._wait()
-            self._result.append(self._work(self._passes))
-        except BaseException as error:
-            self._error = error
-        self._said.put(None)
-
-    def _wait(self) -> float:
-        loss = self._losses.get()
-        if loss is None:
-            raise Abandoned
-        return loss
-
-    @contextmanager
-    def _passes(self, use: Use) -> Iterator[Gradients]:
-        draws, fitted = Draws(use.seed, repeats=use.settings.checkpointing), use.model.fitted(use.tree, use.experts)
-        compact = use.compact
-
-        def gradients(parts: Sequence[Batch]) -> float:
-            self._said.put(Step(use=use, fitted=fitted, compact=compact, draws=draws, parts=parts))
-            return self._wait()
-
-        yield gradients
+@contextmanager
+def _passes(hand_over: Callable[[Step], float], use: Use) -> Iterator[Gradients]:
+    draws, fitted = Draws(use.seed, repeats=use.settings.checkpointing), use.model.fitted(use.tree, use.experts)
+    compact = use.compact
+    yield lambda parts: hand_over(Step(use=use, fitted=fitted, compact=compact, draws=draws, parts=parts))
 
 
 def together(works: Sequence[Callable[[Passes], T]]) -> list[T | NotFiniteError]:
@@ -131,13 +82,13 @@ def together(works: Sequence[Callable[[Passes], T]]) -> list[T | NotFiniteError]
     try:
         for member in members:
             member.go_on()
-        while waiting := [(member, member.step) for member in members if member.step is not None]:
+        while waiting := [(member, member.said) for member in members if member.said is not None]:
             for (member, _), loss in zip(waiting, _joint([step for _, step in waiting]), strict=True):
                 member.go_on(loss)
     finally:
         for member in members:
             member.leave()
-    return [member.result() for member in members]
+    return [member.outcome() for member in members]
 
 
 def obstacle(model: GraftedModel, training: TrainingSettings) -> str:
@@ -187,7 +138,7 @@ def _part(steps: Sequence[Step], number: int) -> list[float]:
     model, settings = steps[0].use.model, steps[0].use.settings
     device, parts = model.base.device, [step.parts[number] for step in steps]
     batch = stacked(parts, model.base.pad_id).to(device)
-    with model.using_lanes(list(_lanes(steps, parts))), sparing(model, batch.mask, steps[0].compact):
+    with model.using_lanes(list(_lanes(steps, parts))), sparing(model, batch, steps[0].compact):
         with autocast(settings.precision, device), model.base.logits_at(batch.predicting):
             logits = model.base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
         each = F.cross_entropy(logits.float(), batch.targets, reduction="none").split([part.response_tokens for part in parts])
@@ -201,4 +152,5 @@ def _lanes(steps: Sequence[Step], parts: Sequence[Batch]) -> Iterator[Lane]:
     for step, part in zip(steps, parts, strict=True):
         rows, length = part.ids.shape
         step.draws.begin()
-        yield Lane(fitted=step.fitted, rows=rows, length=length, tokens=part.tokens, draws=step.draws)
+        counts = (part.tokens, part.response_tokens)
+        yield Lane(fitted=step.fitted, rows=rows, length=length, counts=counts, draws=step.draws)

@@ -52,7 +52,7 @@ class Use:
 
     @property
     def compact(self) -> bool:
-        """Whether MoE layers are spared the padding. The load-balancing loss of a router is computed over all tokens of a batch."""
+        """Whether MoE layers are spared what has no part in the loss; the load-balancing loss of a router is one over all tokens."""
         return self.settings.router_aux == 0 and self.model.base.compacts
 
 
@@ -163,9 +163,9 @@ def autocast(precision: str, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def sparing(model: GraftedModel, mask: Tensor, compact: bool) -> AbstractContextManager[None]:
-    """Forward and backward of rows with this mask; if `compact`, MoE layers are spared the padding."""
-    return model.base.without_padding(mask) if compact else nullcontext()
+def sparing(model: GraftedModel, batch: Batch, compact: bool) -> AbstractContextManager[None]:
+    """Forward and backward of a batch; if `compact`, MoE layers are spared the padding, and the last one what has no part in the loss."""
+    return model.base.without_padding(batch.mask, batch.predicting) if compact else nullcontext()
 
 
 @contextmanager
@@ -182,7 +182,7 @@ def _gradients(model: GraftedModel, settings: TrainingSettings, compact: bool, p
     losses = []
     for part in parts:
         batch = part.to(device)
-        with sparing(model, batch.mask, compact):
+        with sparing(model, batch, compact):
             with autocast(settings.precision, device), model.base.logits_at(batch.predicting):
                 output = model.base.model(
                     input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, output_router_logits=settings.router_aux > 0

@@ -1,8 +1,11 @@
-"""The client's half of all transforms, in their order: train (by rows), clip, noise, leave out what is not told, compress."""
+"""The client's half of all transforms, in their order: train (by rows), clip, noise, leave out what is not told, compress; or mask.
+
+Under masks a change is clipped and noised as the whole numbers that are masked.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +15,9 @@ from fedgraft.transforms.compression import CompressionSettings, compressed
 from fedgraft.transforms.example_privacy import by_rows
 from fedgraft.transforms.noise import Noise
 from fedgraft.transforms.privacy import ClientPrivacy, ExamplePrivacy, NoPrivacy, Question, discreet
+from fedgraft.transforms.secure_aggregation.client import masked_questions
+from fedgraft.transforms.secure_aggregation.contribution import Contribution
+from fedgraft.transforms.secure_aggregation.settings import NoSecureAggregation, SecureAggregationSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +26,7 @@ class Sending:
 
     privacy: NoPrivacy | ClientPrivacy | ExamplePrivacy
     compression: CompressionSettings
+    secure: SecureAggregationSettings
     seed: int
     """The recipe's."""
     memories: Path
@@ -27,15 +34,22 @@ class Sending:
     discreet: bool
     """The coordinator is somebody else: noise is secret, and figures are not told unasked."""
 
-    def questions(self, questions: Mapping[str, Question]) -> dict[str, Question]:
-        """All that a client can be asked, by name, with replies as they are sent."""
-        train = questions["train"]
+    def questions(self, questions: Mapping[str, Question], weight: Callable[[int], int] | None) -> dict[str, Question]:
+        """All that a client can be asked, by name, with replies as they are sent.
+
+        Args:
+            questions: with replies as the method makes them.
+            weight: as `Merge.weight`.
+        """
+        train, masked = questions["train"], not isinstance(self.secure, NoSecureAggregation)
         if isinstance(self.privacy, ExamplePrivacy):
             train = by_rows(self.privacy, self.noise_of, train)
-        if isinstance(self.privacy, ClientPrivacy):
+        if isinstance(self.privacy, ClientPrivacy) and not masked:
             train = clipped(self.privacy, self.noise_of, train)
         told = discreet(self.privacy, {**questions, "train": train}, measured=not self.discreet)
-        return {**told, "train": compressed(self.compression, told["train"])}
+        sent = {**told, "train": compressed(self.compression, told["train"])}
+        contribution = Contribution.of(self.privacy, self.noise_of) if masked else None
+        return masked_questions(self.secure, sent, weight, self.memories.parent, contribution)  # the outermost, so nothing comes after
 
     def noise_of(self, client: str) -> Noise:
         """A client's own noise: of a secret beside its memory, or of the recipe's seed."""

@@ -47,6 +47,8 @@ class Terms:
     """Clients of a round, on average: the divisor, whoever comes."""
     noise: Noise
     """The coordinator's."""
+    masked: bool = False
+    """The coordinator sees sums of what clients have clipped by themselves, and stays where it is without one."""
 
     def __post_init__(self) -> None:
         least, counting = self.settings.shares, self.settings.quantile is not None
@@ -132,19 +134,20 @@ def protected(terms: Terms, method: Method) -> Method:
 def _absorb(terms: Terms, method: Method, server: Server, replies: Iterator[Reply]) -> None:
     """Merge the replies as they come, add the noise that is due even where nobody came, and take the server step."""
     shared = partition(server.state.tree("shared"), is_residual)[1]
-    clip, holders, within = clip_in(terms.settings, server.state), Counter[str](), list[float]()
+    clip, holders, within, came = clip_in(terms.settings, server.state), Counter[str](), list[float](), list[int]()
 
     def updates() -> Iterator[Update]:
         for reply in replies:
             change = subtract(reply.bundle.tree("shared"), shared)
-            share = 1.0 if terms.settings.shares else share_within(norm_of(change), clip)
+            share = 1.0 if terms.settings.shares or terms.masked else share_within(norm_of(change), clip)
             delta = {key: leaf * share for key, leaf in change.items()} if share < 1 else change
             within.append(0.5 if reply.bundle.facts.get(WITHIN) is True else -0.5)
-            holders.update(delta.keys())
+            came.append(int(str(reply.bundle.facts.get("clients", 1))))  # one reply may be the mean of several
+            holders.update(dict.fromkeys(delta, came[-1]))
             yield Update(client=reply.client, delta=delta, examples=1)
 
     mean = uniform.run(updates())  # over those who hold a leaf; who does not, and who did not come, counts as no change
-    if len(within) < terms.settings.shares:
+    if sum(came) < max(terms.settings.shares, terms.masked):
         return
     merged = {key: leaf * (holders[key] / terms.expected) for key, leaf in mean.items()}
     if not terms.settings.shares and clip is not None and terms.multiplier > 0:

@@ -15,6 +15,7 @@ from fedgraft.transforms.accountant import check_installed, epsilon
 from fedgraft.transforms.client_privacy import CLIP, WITHIN, Terms, protected
 from fedgraft.transforms.noise import Noise
 from fedgraft.transforms.privacy import ClientPrivacy, ExamplePrivacy, NoPrivacy, Planned
+from fedgraft.transforms.secure_aggregation.contribution import Contribution
 
 WHAT = {"client": "clients", "examples": "rows"}
 
@@ -99,7 +100,14 @@ class Guarantee:
     def terms(self) -> Terms | None:
         """What clients' changes are merged by; None where they are not noised."""
         settings, expected = self.recipe.privacy, self.recipe.federation.clients_of(len(self.sites))
-        return Terms(settings=settings, expected=expected, noise=self.noise) if isinstance(settings, ClientPrivacy) else None
+        if not isinstance(settings, ClientPrivacy):
+            return None
+        return Terms(settings=settings, expected=expected, noise=self.noise, masked=self.contribution is not None)
+
+    @property
+    def contribution(self) -> Contribution | None:
+        """What a client may contribute to the sum that alone is seen; None where clients' changes are not noised, or are seen."""
+        return None if self.recipe.secure_aggregation.name == "none" else Contribution.of(self.recipe.privacy)
 
     @cached_property
     def rates(self) -> Mapping[str, float]:
@@ -109,6 +117,11 @@ class Guarantee:
             return {name: min(1.0, self.recipe.training.batch_size / rows) for name, rows in self.rows().items()}
         sampled = isinstance(settings, ClientPrivacy) and federation.sampling == "poisson"
         return dict.fromkeys(self.sites, federation.clients_of(len(self.sites)) / len(self.sites) if sampled else 1.0)
+
+    @cached_property
+    def rate(self) -> float:
+        """The largest of `rates`."""
+        return max(self.rates.values())
 
     def spent(self, rounds: int, state: Mapping[str, Any]) -> dict[str, Any]:
         """What so many rounds have spent, for the record: `epsilon` (of rows: the largest of any client; null: no bound) at `delta`.
@@ -120,7 +133,7 @@ class Guarantee:
         settings = self.recipe.privacy
         if isinstance(settings, NoPrivacy):
             return {}
-        told = {"of": WHAT[settings.name], "epsilon": self._epsilon(max(self.rates.values()), rounds), "delta": settings.delta}
+        told = {"of": WHAT[settings.name], "epsilon": self._epsilon(self.rate, rounds), "delta": settings.delta}
         return told | (
             {CLIP: state.get(CLIP, settings.clip)} if isinstance(settings, ClientPrivacy) and settings.quantile is not None else {}
         )
@@ -134,7 +147,7 @@ class Guarantee:
         if isinstance(settings, ExamplePrivacy):
             further["clients"] = {name: self._epsilon(rate, rounds) for name, rate in self.rates.items()}
         else:
-            further["rate"] = max(self.rates.values())
+            further["rate"] = self.rate
         return {"privacy": self.spent(rounds, state) | {"rounds": rounds} | further}
 
     def lines(self) -> list[tuple[str, str]]:
@@ -145,8 +158,7 @@ class Guarantee:
         found = self.spent(rounds, {})
         if found["epsilon"] is None:
             return [("privacy", "no guarantee: without a clip and noise epsilon has no bound")]
-        rate = max(self.rates.values())
-        often = "in every one" if rate == 1 else f"in each with probability {rate:.3g}"
+        often = "in every one" if self.rate == 1 else f"in each with probability {self.rate:.3g}"
         steps = "rounds" if isinstance(settings, ClientPrivacy) else f"steps of {rounds} rounds"
         text = f"epsilon {found['epsilon']:.3g} at delta {settings.delta:g} for {found['of']}, after {self._steps(rounds)} {steps}, {often}"
         return [("privacy", text + ("" if self._all_secret else "; noise from the recipe's seed, as befits a simulation"))]

@@ -58,7 +58,8 @@ class ClientPrivacy(_Noised):
 
     name: Literal["client"] = "client"
     where: Literal["server", "clients"] = "server"
-    """Who adds the noise: the coordinator, which is trusted; or every client a share of it, for a coordinator that sees sums alone."""
+    """Who adds the noise: the coordinator, which is trusted; or every client a share of it, for a coordinator that sees sums alone
+    (`secure_aggregation`)."""
     least: int = Field(default=0, ge=0)
     """With `where: clients`: so many shares together are the whole noise, and a round with fewer replies is not merged."""
     quantile: float | None = Field(default=None, gt=0, lt=1)
@@ -153,8 +154,6 @@ def _unbounded(settings: ClientPrivacy | ExamplePrivacy, recipe: Planned) -> str
         and "clip: noise is measured in units of the clip; set one, or noise_multiplier to 0",
         (settings.secret is False and recipe.engine.name == "flower")
         and "secret: sites elsewhere know the recipe and its seed, and with that all noise; leave it out",
-        recipe.secure_aggregation.name != "none"
-        and "name: each reply is clipped or weighed by itself, and secure_aggregation shows none; set secure_aggregation.name to none",
         recipe.engine.keep_replies
         and "name: engine.keep_replies keeps what each client has sent, not only their noised sum; set it to false",
     )
@@ -177,7 +176,10 @@ def _not_of_clients(settings: ClientPrivacy, recipe: Planned, method: Method, na
         and "name: evaluation.unseen needs numbers of rows, which sites elsewhere do not tell under 'client'; leave it out",
         (settings.quantile is not None and settings.clip is None)
         and "quantile: the clip follows it from a first value on; set clip, or leave it out",
-    ) or (_not_in_shares(settings, recipe) if settings.where == "clients" else "")
+    ) or _first(
+        settings.where == "clients" and _not_in_shares(settings, recipe),
+        recipe.secure_aggregation.name != "none" and _not_in_sums(settings, recipe),
+    )
 
 
 def _not_in_shares(settings: ClientPrivacy, recipe: Planned) -> str:
@@ -191,6 +193,18 @@ def _not_in_shares(settings: ClientPrivacy, recipe: Planned) -> str:
         and "where: coded shares of noise do not add up to the noise of the sum; set compression.name to none, or where to server",
         recipe.federation.sampling == "poisson"
         and "where: the coordinator knows whom it asks, so a sample hides nobody from it; set federation.sampling to fixed",
+    )
+
+
+def _not_in_sums(settings: ClientPrivacy, recipe: Planned) -> str:
+    """Why clients cannot be clipped and noised as whole numbers of which a sum alone is seen."""
+    return _first(
+        settings.clip is None and "clip: secure_aggregation sums numbers that have a bound; set one",
+        settings.quantile is not None
+        and "quantile: the whole numbers that secure_aggregation sums are measured by one clip for the whole run; leave it out",
+        recipe.federation.sampling == "poisson"
+        and "name: whether secure_aggregation opens a sum tells how many were drawn, and with that more of each of them than the sampled "
+        "Gaussian mechanism accounts for; set federation.sampling to fixed",
     )
 
 

@@ -17,6 +17,7 @@ from fedgraft import files, seeds
 from fedgraft.bundle import Bundle
 from fedgraft.training.client import Client
 from fedgraft.training.fit import NotFiniteError
+from fedgraft.transforms.secure_aggregation.contribution import Contribution
 from fedgraft.transforms.secure_aggregation.primitives import agreed, commitment, key_pair, scalar_of, seal, split, unseal
 from fedgraft.transforms.secure_aggregation.settings import (
     KEYS,
@@ -27,7 +28,7 @@ from fedgraft.transforms.secure_aggregation.settings import (
     SecAggPlus,
     SecureAggregationSettings,
 )
-from fedgraft.transforms.secure_aggregation.vector import Vector, as_leaves, mask, quantised
+from fedgraft.transforms.secure_aggregation.vector import Vector, as_leaves, flattened, mask, quantised, rounded, vector_of
 from fedgraft.tree import Tree, count, subtract
 
 Question: TypeAlias = Callable[[Client, Bundle], Bundle]
@@ -35,7 +36,11 @@ FOLDER = "secure-aggregation"
 
 
 def masked_questions(
-    settings: SecureAggregationSettings, questions: dict[str, Question], weight: Callable[[int], int] | None, folder: Path
+    settings: SecureAggregationSettings,
+    questions: dict[str, Question],
+    weight: Callable[[int], int] | None,
+    folder: Path,
+    contribution: Contribution | None = None,
 ) -> dict[str, Question]:
     """The questions to a client, `train` with a masked reply and with those that come with it; without secure aggregation the same ones.
 
@@ -44,11 +49,12 @@ def masked_questions(
         questions: by name; `train` is as it is asked without masks, all other transforms included.
         weight: what a client of so many training rows counts in the merge.
         folder: where secrets may lie, on the client's side.
+        contribution: how changes are clipped and noised before they are masked; then all clients weigh the same.
     """
     if not isinstance(settings, SecAggPlus):
         return questions
     assert weight is not None, "a merge without weights is refused"
-    half = ClientHalf(settings, weight, folder / FOLDER, questions[TRAIN])
+    half = ClientHalf(settings, weight, folder / FOLDER, questions[TRAIN], contribution)
     others = {name: half.after_the_round(question) for name, question in questions.items()}
     return others | {KEYS: half.keys, SHARES: half.shares, TRAIN: half.masked, UNMASK: half.unmask}
 
@@ -61,6 +67,7 @@ class ClientHalf:
     weight: Callable[[int], int]
     folder: Path
     train: Question
+    contribution: Contribution | None = None
 
     def keys(self, client: Client, package: Bundle) -> Bundle:
         """Make two pairs of keys, for masks and for shares; the public ones. Secrets from before are dropped."""
@@ -82,6 +89,10 @@ class ClientHalf:
             raise ValueError(f"client {name!r}: its own public keys were changed on the way, or two clients have the same ones")
         if not max(2, len(public) / 2 + 0.5) <= threshold <= len(public) or threshold < (self.settings.threshold or 2):
             raise ValueError(f"client {name!r}: a threshold of {threshold} does not go with {len(public)} clients")
+        if self.contribution is not None and threshold < self.contribution.least:
+            raise ValueError(
+                f"client {name!r}: sums of {threshold} clients would lack noise, of which {self.contribution.least} have shares"
+            )
         seed, (mask_key, share_key) = os.urandom(32), held["private"]
         parts = {
             other: {"from": name, "to": other, "round": held["round"], "seed": part_of_seed, "key": part_of_key}
@@ -109,8 +120,7 @@ class ClientHalf:
             raise ValueError(f"client {client.name!r}: masks with {', '.join(sorted(peers)) or 'nobody'} are fewer than agreed, or others")
         reply = self.train(client, package)
         change = _change(client.name, package, reply)
-        rng = seeds.numpy_rng(client.seed, "secure_aggregation.rounding", held["round"], client.name)
-        vector = quantised(change, self.weight(client.examples), self.settings, rng)
+        vector = self._vector(client, change, held["round"])
         vector += mask(bytes.fromhex(held["seed"]), count(change), self.settings)
         for peer in sorted(peers):
             vector = paired(vector, client.name, peer, agreed(held["private"][0], held["public"][peer][0]), self.settings)
@@ -152,6 +162,16 @@ class ClientHalf:
             return question(client, package)
 
         return asked
+
+    def _vector(self, client: Client, change: Tree, number: int) -> Vector:
+        """What is masked: the rounded change times its weight; or clipped, rounded and noised, when how many were cut is not told."""
+        settings, rng = self.settings, seeds.numpy_rng(client.seed, "secure_aggregation.rounding", number, client.name)
+        if self.contribution is None:
+            return quantised(change, self.weight(client.examples), settings, rng)
+        flat = flattened(change)
+        self.contribution.check(settings.step, len(flat))
+        steps = rounded(self.contribution.shortened(flat, settings.step), settings, rng)
+        return vector_of(self.contribution.noised(steps, settings.step, client.name, number), 1, 0, settings)
 
     def _unsealed(self, client: Client, held: dict[str, Any], sealed: dict[str, Any]) -> dict[str, dict[str, Any]]:
         parts = {}

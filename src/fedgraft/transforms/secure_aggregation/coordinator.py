@@ -7,7 +7,8 @@ anywhere the sum stays closed, which is no reply.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from fedgraft.aggregation.merges import Merge
 from fedgraft.aggregation.replies import usable
 from fedgraft.aggregation.server import Ask, Reply
 from fedgraft.bundle import Bundle
+from fedgraft.grafts.lora import Shapes
+from fedgraft.transforms.secure_aggregation.contribution import Contribution
 from fedgraft.transforms.secure_aggregation.round import ClosedError, Round
 from fedgraft.transforms.secure_aggregation.settings import (
     DUE,
@@ -71,25 +74,39 @@ class SecureRounds:
     unopened: str = ""
     """Why the last sum stayed closed."""
 
-    def plan(self, merge: Merge, sampled: int, rows: Callable[[], Sequence[int]]) -> list[tuple[str, str]]:
+    def plan(
+        self,
+        merge: Merge,
+        sampled: int,
+        rows: Callable[[], Mapping[str, int]],
+        contribution: Contribution | None = None,
+        shapes: Shapes | None = None,
+    ) -> list[tuple[str, str]]:
         """Settle the threshold; what will be protected, as a line for the first screen.
 
         Args:
             merge: of the method.
             sampled: clients that are asked in a round.
-            rows: training rows of each client.
+            rows: training rows of each client; not asked for where contributions are bounded.
+            contribution: what one client may contribute, under differential privacy; None: its change times its weight.
+            shapes: of all leaves that the method shares in this model, which matter with bounded contributions.
 
         Raises:
-            ValueError: as `check_clients`.
+            ValueError: as `check_clients` and `Contribution.check`.
         """
         if not isinstance(self.settings, SecAggPlus):
             return []
         assert merge.weight is not None
-        check_clients(self.settings, sampled, sum(map(merge.weight, rows())))
-        shares, self.threshold = shares_of(self.settings, sampled), threshold_of(self.settings, sampled)
+        least, noised = 0, ""
+        if contribution is not None:
+            contribution.check(self.settings.step, sum(math.prod(shape) for shape in (shapes or {}).values()))
+            least = contribution.least
+            noised = f"; {least} shares are the whole noise" if least else "; the coordinator adds the noise to them"
+        check_clients(self.settings, sampled, sum(map(merge.weight, rows().values())) if contribution is None else 0, contribution)
+        shares, self.threshold = shares_of(self.settings, sampled), threshold_of(self.settings, sampled, least)
         spare = f"{shares - self.threshold} of {shares} may drop out" + (" around each" if self.settings.neighbours else "")
         wide = f"{self.settings.modulus_bits // 8} bytes a number"
-        return [("", f"masked, {wide}: the coordinator learns sums of at least {self.threshold} clients; {spare}")]
+        return [("", f"masked, {wide}: the coordinator learns sums of at least {self.threshold} clients; {spare}{noised}")]
 
     def excuses(self, reason: str) -> bool:
         """Whether a client that is lost now is in the sum all the same; then that is told."""

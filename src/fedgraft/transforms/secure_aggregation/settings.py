@@ -15,6 +15,7 @@ from fedgraft.bundle import Bundle
 from fedgraft.grafts.lora import Shapes
 from fedgraft.methods.method import Method, absorb_updates
 from fedgraft.settings import Section
+from fedgraft.transforms.secure_aggregation.contribution import Contribution
 
 KEYS, SHARES, TRAIN, UNMASK = "secure_keys", "secure_shares", "train", "secure_unmask"
 """The questions of a round, in their order."""
@@ -42,15 +43,18 @@ class SecAggPlus(Section):
     name: Literal["secagg_plus"] = "secagg_plus"
     threshold: int | None = Field(default=None, ge=2)
     """Shares that recover a client's masks, and so the fewest clients whose sum is opened; more than half of the shares that there are, one
-    for the client and each of its neighbours. The others may drop out at any moment. Empty: the least that is more than half."""
+    for the client and each of its neighbours. The others may drop out at any moment. Empty: the least that is more than half, and no less
+    than `privacy.least`."""
     neighbours: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     """Clients that each one shares masks with, drawn anew in every round; empty: all of the round. The work of a client grows with it."""
     clipping_range: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    """Largest change of one number in a round; larger ones are cut to it, which a warning tells."""
+    """Largest change of one number in a round; larger ones are cut to it, which a warning tells. Under `privacy.name: client`, whose clip
+    bounds them, none is cut."""
     quantisation_bits: int = Field(default=16, ge=2, le=32)
     """Bits of a number before it is masked: changes are rounded at random to multiples of `clipping_range` / (2^(bits - 1) - 1)."""
     modulus_bits: Literal[32, 64] = 32
-    """Bits of a masked number on the wire. The sum over all training rows of the largest number must fit; too small is refused."""
+    """Bits of a masked number on the wire. The sum over all training rows of the largest number must fit, or under `privacy.name: client`
+    that over a round's clients with their noise; too small is refused."""
 
     @property
     def levels(self) -> int:
@@ -93,25 +97,36 @@ def check_secure_aggregation(
         raise ValueError(f"secure_aggregation.name: {settings.name!r} gives the coordinator a sum alone, and {why}")
 
 
-def check_clients(settings: SecAggPlus, sampled: int, rows: int) -> None:
+def check_clients(settings: SecAggPlus, sampled: int, rows: int, contribution: Contribution | None = None) -> None:
     """Refuse numbers of clients and rows that do not go with the settings.
 
     Args:
         settings: of the run.
         sampled: clients that are asked in a round.
-        rows: training rows of all clients, the largest weight that a sum can have.
+        rows: training rows of all clients, the largest weight that a sum can have; of no account where contributions are bounded.
+        contribution: what one client may contribute, under differential privacy.
 
     Raises:
         ValueError: they don't; says what would.
     """
-    shares, threshold = shares_of(settings, sampled), threshold_of(settings, sampled)
+    least = contribution.least if contribution is not None else 0
+    shares, threshold = shares_of(settings, sampled), threshold_of(settings, sampled, least)
+    if least > shares:
+        raise ValueError(f"privacy.least: {least} shares of the noise are needed, and a sum may be of {shares} clients; lower it")
+    if threshold < least:
+        raise ValueError(
+            f"secure_aggregation.threshold: a sum of {threshold} clients would lack noise, of which privacy.least is {least} shares; raise "
+            "the one to the other, or lower the other"
+        )
     if not shares / 2 < threshold <= shares:
         fit = f"between {shares // 2 + 1} and {shares}" if shares > 1 else "nothing fits; ask at least 2 clients in a round"
         raise ValueError(f"secure_aggregation.threshold: {threshold} does not go with the {shares} shares of each secret; {fit}")
-    needed = (settings.levels * rows).bit_length() + 1
-    if needed > settings.modulus_bits:
+    largest, what = settings.levels * rows, f"over {rows} training rows"
+    if contribution is not None:
+        largest, what = contribution.largest(settings.step, sampled), f"of {sampled} clients' clipped changes and noise"
+    if (needed := largest.bit_length() + 1) > settings.modulus_bits:
         raise ValueError(
-            f"secure_aggregation.modulus_bits: sums over {rows} training rows take up to {needed} bits, and there are "
+            f"secure_aggregation.modulus_bits: sums {what} take up to {needed} bits, and there are "
             f"{settings.modulus_bits}; set it to 64, or lower secure_aggregation.quantisation_bits"
         )
 
@@ -121,9 +136,9 @@ def shares_of(settings: SecAggPlus, sampled: int) -> int:
     return sampled if settings.neighbours is None else min(settings.neighbours + 1, sampled)
 
 
-def threshold_of(settings: SecAggPlus, sampled: int) -> int:
-    """Shares that recover a secret in a run that asks so many clients in a round."""
-    return settings.threshold or max(2, shares_of(settings, sampled) // 2 + 1)
+def threshold_of(settings: SecAggPlus, sampled: int, least: int = 0) -> int:
+    """Shares that recover a secret in a run that asks so many clients in a round, where sums of fewer than `least` lack noise."""
+    return settings.threshold or max(2, shares_of(settings, sampled) // 2 + 1, least)
 
 
 def neighbourhoods(settings: SecAggPlus, names: Sequence[str], seed: int, number: NonNegativeInt) -> dict[str, frozenset[str]]:

@@ -48,11 +48,24 @@ def quantised(change: Tree, weight: int, settings: SecAggPlus, rng: np.random.Ge
         settings: the range and the step.
         rng: decides the rounding.
     """
-    flat = np.concatenate([change[key].flatten().cpu().numpy() for key in sorted(change)])
+    flat = flattened(change)
     cut = np.clip(flat, -settings.clipping_range, settings.clipping_range)
-    steps = np.floor(cut / settings.clipping_range * settings.levels + rng.random(len(cut))).astype(np.int64)
-    words = (steps * weight).astype(WORDS[settings.modulus_bits])
-    return Vector(words=words, counts=np.array([weight, np.count_nonzero(cut != flat)], dtype=np.uint64))
+    return vector_of(rounded(cut, settings, rng) * weight, weight, int(np.count_nonzero(cut != flat)), settings)
+
+
+def flattened(change: Tree) -> NDArray[np.float64]:
+    """The leaves, sorted by address, end to end as [n]."""
+    return np.concatenate([change[key].flatten().cpu().numpy() for key in sorted(change)])
+
+
+def rounded(flat: NDArray[np.float64], settings: SecAggPlus, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Numbers [n] as multiples of `settings.step`, up or down at random."""
+    return np.floor(flat / settings.clipping_range * settings.levels + rng.random(len(flat))).astype(np.int64)
+
+
+def vector_of(steps: NDArray[np.int64], weight: int, cut: int, settings: SecAggPlus) -> Vector:
+    """Whole numbers [n] as a vector to be masked, with its two counts."""
+    return Vector(words=steps.astype(WORDS[settings.modulus_bits]), counts=np.array([weight, cut], dtype=np.uint64))
 
 
 def mask(key: bytes, size: int, settings: SecAggPlus) -> Vector:
