@@ -118,7 +118,7 @@ def test_a_fold_in_pieces_gives_the_bits_of_one_in_whole_leaves(monkeypatch):
     for number, new in list(enumerate(news))[1:]:
         total += number + 3
         for key, delta in subtract(new, old).items():
-            expected[key] += (delta - expected[key]) * ((number + 3) / total)
+            expected[key].lerp_(delta, (number + 3) / total)
     assert equal(found, expected)
 
 

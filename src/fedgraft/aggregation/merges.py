@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedgraft.tree import Tree, check_holds
 
-PIECE = 1 << 16
+PIECE = 1 << 17
 """Numbers that are folded at a time: few enough for the processor's cache, enough that the calls for a piece take little of its time."""
 
 
@@ -91,7 +91,7 @@ def weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Updat
             new, old = (delta.new, delta.old) if isinstance(delta, Difference) else (delta, None)
             for key, leaf in new.items():
                 if key not in mean:
-                    mean[key], total[key], first[key] = delta[key].clone(memory_format=torch.contiguous_format), share, update.client
+                    mean[key], total[key], first[key] = _started(delta[key]), share, update.client
                     continue
                 check_shapes(key, first[key], mean[key], update.client, leaf)
                 total[key] += share
@@ -99,6 +99,10 @@ def weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Updat
         return mean
 
     return run
+
+
+def _started(leaf: Tensor) -> Tensor:
+    return leaf.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
 
 
 def _approach(mean: Tensor, new: Tensor, old: Tensor | None, share: float, room: Tensor) -> None:
@@ -110,7 +114,7 @@ def _approach(mean: Tensor, new: Tensor, old: Tensor | None, share: float, room:
         change.copy_(there)
         for leaf in before:
             change.sub_(other.copy_(leaf))
-        here.add_(change.sub_(here).mul_(share))
+        here.lerp_(change, share)
 
 
 by_examples = Merge(run=weighted_mean(lambda update: float(update.examples)), weight=lambda examples: examples)
