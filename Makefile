@@ -49,6 +49,7 @@ bench: $(READY) ## A round beside a plain PyTorch loop, memory and time with man
 	$(BIN)/python benchmarks/flower_overhead.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/start.py && $(BIN)/python benchmarks/selection.py
 	for size in qwen1.5-moe-a2.7b qwen3-30b-a3b; do $(BIN)/python benchmarks/full_size.py tests/account/configs/$$size.json --small; done
 	$(BIN)/python benchmarks/stream.py --layers 4 --limit 5
 	$(BIN)/python benchmarks/report.py

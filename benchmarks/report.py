@@ -87,6 +87,19 @@ same. `generation_personal` writes with a client's LoRA, grafted expert and gate
 `serve_mixed` keeps eight requests open, mixed in one batch; `serve_queued` hands over all at once (batches of 16). Each is set against the
 same requests one by one at the same server; they take turns, and the answers are compared and must be the same.""",
     ),
+    "Start": (
+        ("start_help", "start_first_step"),
+        """`fedgraft --help` against `python -c pass`, processes in turns; and the demo recipe from `fedgraft.run` to its first optimiser
+step, less imports and the experts' selection, each turn in a process of its own (its ratio is in seconds).""",
+    ),
+    "Selection": (
+        ("selection", "selection_experts"),
+        """One client's calibration pass on the embedded base (4,096 tokens, rows of at most 384) against a loop of the experts' own matrix
+products on as many tokens, in turns in one process, by CPU time. `selection` is all of the pass: the products of all experts on all tokens,
+and those of attention, shared experts and routers, a second, over the rate of the loop; padding, activations, norms and the sums of the
+criterion count as no work. `selection_experts` is the experts' part: the loop over what the pass takes longer than a forward without
+routed experts. Higher is better, 1 cannot be reached.""",
+    ),
     "Over Flower's servers": (
         ("flower_5MB", "flower_100MB"),
         """One question to two sites and their answers, with a payload of that size each way: one SuperLink and two SuperNodes on loopback,

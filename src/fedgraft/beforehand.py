@@ -100,7 +100,7 @@ def calibration(data: ClientData, recipe: Recipe, base: Base) -> Iterator[Batch]
 
     own = recipe.selection.text == "own"
     rows = own_rows(data.train, row, recipe.seed, data.name) if own else generic_rows(base.tokenizer, length, recipe.seed)
-    return in_batches(rows, base.pad_id)
+    return in_batches(rows, recipe.selection.budget(base.device.type), length, base.pad_id)
 
 
 def _passed(progress: Progress, done: int, total: int) -> None:

@@ -26,6 +26,7 @@ from fedgraft.methods.method import Method, settled
 from fedgraft.moe.load import Base, load_base
 from fedgraft.moe.memory import means_out_of_memory
 from fedgraft.recipe import Recipe, check_values
+from fedgraft.selection.profile import Profile
 from fedgraft.training.client import Client, MemoryStore, Report, unheard
 from fedgraft.training.fit import NotFiniteError
 from fedgraft.training.settings import TrainingSettings
@@ -70,6 +71,7 @@ class Holdings:
         self.rows = {name: outline.rows for name, outline in self.clients.outlines.items()}
         check_rows(self.rows, recipe.evaluation.split)
         self.unseen: list[str] = []
+        self.generic: list[Profile] = []
 
     def hold_out(self) -> None:
         """Keep the unseen clients out of the federation; for a process that holds the rows of all clients.
@@ -152,6 +154,7 @@ class Holdings:
             training=recipe.training if name in self.unseen else training_of(recipe, self.method, len(self.federated)),
             selection=recipe.selection,
             report=self.hear(name),
+            generic=self.generic,
         )
 
     def card(self, name: str) -> Card:
@@ -244,9 +247,8 @@ class Host:
         key = (holdings, tuple(facts["clients"]))
         if self._site is None or self._site[0] != key:
             self._site = (key, holdings.site(facts["clients"]))
-        site = self._site[1]
         asked, committed = int(facts["asked"]), int(facts["committed"])
-        content = site.answer(facts["question"], facts["client"], frame.content, asked=asked, committed=committed)
+        content = self._site[1].answer(facts["question"], facts["client"], frame.content, asked=asked, committed=committed)
         return Frame(kind="reply", facts={name: facts[name] for name in ECHOED}, content=content)
 
     def _leave(self, frame: Frame, partition: int | None) -> Frame:

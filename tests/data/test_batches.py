@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgraft.data.batches import Row, batches_in_order, collate, encode, encode_all, prompt_ids, round_rows
+from fedgraft.data.batches import Row, batches_alike, batches_in_order, collate, encode, encode_all, first_tokens, prompt_ids, round_rows
 from fedgraft.data.example import Example
 from fedgraft.data.settings import DataSettings
 
@@ -192,3 +192,26 @@ def test_batches_in_order_cover_every_row_once_with_its_index(lengths, batch_siz
         assert batch.ids[:, 0].tolist() == [index + 1 for index in indices]
         assert batch.mask.sum(1).tolist() == [lengths[index] for index in indices]
     assert all(left.ids.shape[1] >= right.ids.shape[1] for (_, left), (_, right) in pairwise(batches))
+
+
+@given(st.lists(st.integers(1, 9), max_size=8), st.integers(1, 40))
+def test_first_tokens_are_the_beginning_of_all(lengths, count):
+    """Twin: all ids one after another, cut."""
+    rows = [Row([10 * number + at for at in range(length)], start=length // 2) for number, length in enumerate(lengths)]
+    drawn = []
+    chosen = list(first_tokens((drawn.append(row) or row for row in rows), count))
+    assert [token for row in chosen for token in row.ids] == [token for row in rows for token in row.ids][:count]
+    assert len(chosen) == len(drawn)
+    assert all(len(row.ids) > 0 and row.start <= len(row.ids) for row in chosen)
+
+
+@given(st.lists(st.integers(1, 900), max_size=30), st.sampled_from([900, 2000, 5000]))
+def test_batches_alike_hold_every_row_once_within_bounds(lengths, most):
+    rows = [Row([number + 1] * length, start=0) for number, length in enumerate(lengths)]
+    batches = list(batches_alike(rows, most, 0))
+    assert sorted(int(row[0]) for batch in batches for row in batch.ids) == list(range(1, len(rows) + 1))
+    for batch in batches:
+        assert len(batch.ids) == 1 or batch.ids.numel() <= most
+        own = batch.mask.sum(1).tolist()
+        assert own == sorted(own, reverse=True)
+        assert all(length >= 0.75 * own[0] for length in own[-(-1024 // own[0]) :])  # rows beyond the first 1,024 tokens are alike

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from fedgraft.data.clients import RESIDENT, Clients, check_rows
+from fedgraft.data.example import read_rows
 from fedgraft.data.partition import load_clients
 from fedgraft.data.settings import DataSettings
 
@@ -49,6 +50,15 @@ def test_only_few_clients_rows_are_kept(settings_of, tmp_path):
     with pytest.raises(ValueError, match=r"c003\.jsonl"):
         many["c003"]
     assert len(many["c004"].train) == 8
+
+
+def test_a_file_is_read_once_for_all_splits_whenever_it_is_its_turn(settings_of, monkeypatch):
+    """Read again, so what reads it did not hold on to it."""
+    many, read = Clients(settings_of(RESIDENT + 1), 0), []
+    monkeypatch.setattr("fedgraft.data.datasets.jsonl.read_rows", lambda path: read.append(path.stem) or read_rows(path))
+    for name in ("c003", "c004", "c003"):
+        assert len(many[name].train) == 8
+    assert read == ["c003", "c004", "c003"]
 
 
 def test_rows_that_change_during_a_run_are_refused(settings_of, tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedgraft.data.clients import training_counts
-from fedgraft.data.example import SPLITS, Example
+from fedgraft.data.example import SPLITS, Example, read_rows
 from fedgraft.data.partition import allocate, by_dirichlet, load_clients
 from fedgraft.data.settings import DataSettings
 
@@ -226,3 +226,15 @@ def test_no_train_rows_at_all(tmp_path):
 def test_settings_ranges(fields):
     with pytest.raises(ValidationError):
         DataSettings(**fields)
+
+
+@pytest.mark.parametrize("partition", ["category", "files"])
+def test_a_file_is_read_once_for_all_splits(tmp_path, monkeypatch, partition):
+    for name in ("ada", "bo"):
+        rows = [{"instruction": f"{name} {split}", "output": "x", "split": split} for split in ("train", "validation", "test")]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    read = []
+    monkeypatch.setattr("fedgraft.data.datasets.jsonl.read_rows", lambda path: read.append(path.stem) or read_rows(path))
+    found = load_clients(DataSettings(dataset="jsonl", path=str(tmp_path), partition=partition), 0)
+    assert [[row.instruction for row in client.test] for client in found] == [["ada test"], ["bo test"]]
+    assert sorted(read) == ["ada", "bo"]

@@ -12,6 +12,7 @@ from fedgraft.report.progress import Quiet
 from fedgraft.report.record import Record
 from fedgraft.runner import resume
 from fedgraft.runner import run as run_recipe
+from fedgraft.selection.profile import measure
 from fedgraft.tree import digest, equal
 from tests.methods.harness import ROWS, open_run
 
@@ -198,6 +199,15 @@ def test_generic_text_gives_every_client_the_same_choice(start):
     own, generic = (start(selection={"text": text, "tokens": 200}, federation={"rounds": 0}).go() for text in ("own", "generic"))
     assert len({str(generic.memory(name).facts["experts"]) for name in ROWS}) == 1
     assert len({str(own.memory(name).facts["experts"]) for name in ROWS}) > 1
+
+
+def test_generic_text_is_measured_once_for_all_clients(start, monkeypatch):
+    calls = []
+    monkeypatch.setattr("fedgraft.selection.select.measure", lambda *args, **options: calls.append(args) or measure(*args, **options))
+    start(selection={"text": "generic", "tokens": 200}, federation={"rounds": 0}).go()
+    assert len(calls) == 1
+    start(selection={"text": "own", "tokens": 200}, federation={"rounds": 0}).go()
+    assert len(calls) == 1 + len(ROWS)
 
 
 def test_without_options_nothing_has_changed(start):

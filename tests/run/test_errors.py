@@ -352,7 +352,7 @@ MEMORY_ERRORS = [
     ("module", "function", "where", "lower"),
     [
         (hosting, "load_base", "loading (", "set model.dtype: bfloat16"),
-        (calibration, "collate", "selection of client 'bakery' (", "lower selection.tokens"),
+        (calibration, "batches_alike", "selection of client 'bakery' (", "lower selection.tokens"),
         (fit_module, "_gradients", "training of client 'bakery' (", "raise training.accumulation up to training.batch_size"),
         (response, "batches_in_order", "evaluation of client 'bakery' (", "lower evaluation.batch_size"),
     ],

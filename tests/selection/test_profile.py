@@ -106,6 +106,39 @@ def test_gram_is_the_same_in_chunks(tiny_base, monkeypatch):
     assert_same(measure(base, [batch], 1000, gram=True), reference, rtol=1e-9, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", PROVEN)
+def test_outputs_held_or_made_twice_give_the_same(tiny_base, monkeypatch, family):
+    base, batch = tiny_base(family, dtype=torch.float64), rows(7, 16)
+    reference = measure(base, [batch], 1000)
+    monkeypatch.setattr("fedgraft.selection.profile.CHUNK_BYTES", 0)
+    assert_same(measure(base, [batch], 1000), reference, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_runs_as_before_afterwards(tiny_base, dtype):
+    """The experts that were stood in for are back, after a pass and after one that failed."""
+    base, batch = tiny_base("qwen2_moe", dtype=dtype), rows(7, 16)
+
+    def logits():
+        with torch.no_grad():
+            return base.model(input_ids=batch.ids, attention_mask=batch.mask).logits
+
+    before = logits()
+    measure(base, [batch], 1000)
+    assert torch.equal(logits(), before)
+    base.sites[0].experts.down_proj.data[3] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        measure(base, [batch], 1000)
+    assert not any("forward" in vars(site.experts) for site in base.sites)
+
+
+def test_sums_of_single_precision_are_those_of_double(tiny_base):
+    """Sums over H in fp32, over tokens in float64: within the rounding of the outputs themselves."""
+    single, double = (measure(tiny_base("olmoe", dtype=dtype), [rows(60, 60)], 1000) for dtype in (torch.float32, torch.float64))
+    torch.testing.assert_close(single.error_LE, double.error_LE, rtol=3e-6, atol=0)
+    torch.testing.assert_close(single.strength_LE, double.strength_LE, rtol=3e-6, atol=0)
+
+
 def test_budget_is_exact_and_no_batch_is_drawn_beyond_it(tiny_base):
     base, drawn, reports = tiny_base("olmoe", dtype=torch.float64), [], []
 

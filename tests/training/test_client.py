@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -106,22 +107,33 @@ def test_generic_calibration_is_the_shipped_text_the_same_for_every_client(make_
     found = []
     for name in ("ada", "bo"):
         client = make_client(name=name)
-        client.selection = SelectionSettings(text="generic")
+        client.selection = SelectionSettings(text="generic", tokens=100_000)
         found.append([text for batch in client.calibration() for text in texts(client, batch)])
     assert found[0] == found[1]
     assert sorted("".join(found[0])) == sorted("".join(calibration_texts()))
     assert not any("say" in text and "<|" in text for text in found[0])
 
 
-def test_calibration_is_the_whole_text_once_in_an_order_of_its_own(make_client):
+def test_calibration_is_the_whole_text_once(make_client):
     client = make_client(20)
-    batches = list(client.calibration(batch_size=8))
-    assert [len(batch.ids) for batch in batches] == [8, 8, 4]
-    seen = [text for batch in batches for text in texts(client, batch)]
+    seen = [text for batch in client.calibration() for text in texts(client, batch)]
     trained = [text for (batch,) in make_client(20, steps=10).batches(0) for text in texts(client, batch)]
     assert sorted(seen) == sorted(trained)
-    assert seen != trained
-    assert seen == [text for batch in client.calibration(batch_size=5) for text in texts(client, batch)]
+
+
+def test_calibration_takes_so_many_tokens_in_an_order_of_the_clients_own(make_client):
+    """The rows of a smaller budget are among those of a larger one, but for the one that is cut; another client has others."""
+
+    def taken(tokens, name="ada"):
+        client = make_client(20, name=name)
+        client.selection = SelectionSettings(tokens=tokens)
+        batches = list(client.calibration())
+        assert sum(batch.tokens for batch in batches) == tokens
+        return Counter(text for batch in batches for text in texts(client, batch))
+
+    few, more = taken(50), taken(95)
+    assert sum((few - more).values()) <= 1
+    assert few != taken(50, name="bo")
 
 
 def test_fit_runs_this_rounds_batches_with_a_seed_of_its_own(make_client):

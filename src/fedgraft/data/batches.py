@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+FEWEST_TOKENS = 1024
+"""Below so many a forward takes about as long for fewer tokens, so that padding costs nothing."""
+ALIKE = 0.75
+"""How long a row must be beside the longest of its batch, above that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +162,30 @@ def batches_in_order(rows: Sequence[Row], batch_size: int, pad_id: int) -> Itera
     for first in range(0, len(rows), batch_size):
         chosen = order[first : first + batch_size]
         yield chosen, collate([rows[index] for index in chosen], pad_id)
+
+
+def first_tokens(rows: Iterable[Row], count: int) -> Iterator[Row]:
+    """The first rows with `count` tokens in all, the last one cut to that; no more rows are drawn than needed."""
+    left = count
+    for row in rows:
+        yield Row(row.ids[:left], min(row.start, left))
+        left -= len(row.ids)
+        if left <= 0:
+            return
+
+
+def batches_alike(rows: Sequence[Row], most: int, pad_id: int) -> Iterator[Batch]:
+    """All rows once, the longest first and those of like length together, at most `most` tokens with padding in a batch of several rows."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        longest = len(batch[0].ids) if batch else 0
+        unlike = len(batch) * longest >= FEWEST_TOKENS and len(row.ids) < ALIKE * longest
+        if batch and (unlike or (len(batch) + 1) * longest > most):
+            yield collate(batch, pad_id)
+            batch = []
+        batch.append(row)
+    if batch:
+        yield collate(batch, pad_id)
 
 
 def _prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fedgraft import seeds
-from fedgraft.data.batches import Batch, Row, collate
+from fedgraft.data.batches import Batch, Row, batches_alike, first_tokens
 from fedgraft.data.example import Example
 from fedgraft.data.general_text import calibration_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH = 8
+FULL_ROWS = 8
+"""Rows of full length in a batch."""
 
 
 def own_rows(examples: Sequence[Example], row: Callable[[Example], Row], seed: int, client: str) -> Iterator[Row]:
@@ -32,7 +32,6 @@ def generic_rows(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> 
             yield Row(ids[start : start + length], start=0)
 
 
-def in_batches(rows: Iterator[Row], pad_id: int, size: int = BATCH) -> Iterator[Batch]:
-    """So many rows together, as they come."""
-    while part := list(islice(rows, size)):
-        yield collate(part, pad_id)
+def in_batches(rows: Iterable[Row], budget: int, length: int, pad_id: int) -> Iterator[Batch]:
+    """The first `budget` tokens of rows of at most `length`, those of like length together."""
+    yield from batches_alike(list(first_tokens(rows, budget)), FULL_ROWS * length, pad_id)

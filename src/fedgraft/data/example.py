@@ -60,6 +60,24 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: the file holds no rows; write one JSON object per line")
 
 
+def row_files(path: Path) -> list[Path]:
+    """The file itself, or the JSON-lines files in a folder and its subfolders, sorted by name; hidden ones are skipped.
+
+    Raises:
+        ValueError: the path does not exist or the folder has no such file.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(
+        entry
+        for entry in path.rglob("*")
+        if entry.is_file() and entry.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in entry.relative_to(path).parts)
+    )
+    if not found:
+        raise ValueError(f"{path}: the folder holds no {' or '.join(SUFFIXES)} file")
+    return found
+
+
 def text_of(row: Mapping[str, Any], names: Sequence[str], place: str, *, required: bool = True) -> str:
     """The text of the first of `names` that the row has, without outer white space; "" when it is absent or null and not required.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -61,8 +61,11 @@ def file_readers(settings: DataSettings, seed: int) -> list[tuple[str, Callable[
     Raises:
         ValueError: there are no files.
     """
-    load = _loader(settings)
-    return [(name, partial(_of_file, settings, load, seed, name, entry)) for name, entry in _client_files(settings)]
+
+    def read(name: str, entry: Path) -> ClientData:
+        return _of_file(settings, _loader(settings), seed, name, entry)  # a loader holds on to what it has read
+
+    return [(name, partial(read, name, entry)) for name, entry in _client_files(settings)]
 
 
 def pooled(clients: Mapping[str, ClientData]) -> dict[str, ClientData]:
@@ -163,8 +166,13 @@ def allocate(size: int, mixture: NDArray[np.float64], available: Counts) -> Coun
 
 
 def _loader(settings: DataSettings) -> Load:
-    load: Load = plugins.load("dataset", settings.dataset).load
-    return load
+    """The dataset's `load`; where it has `splits`, a file is read once for all of them, and its rows are held as long as the loader is."""
+    dataset = plugins.load("dataset", settings.dataset)
+    load: Load = dataset.load
+    if not hasattr(dataset, "splits"):
+        return load
+    read = cache(dataset.splits)
+    return lambda split, path=None: read(path)[split]
 
 
 def _of_file(settings: DataSettings, load: Load, seed: int, name: str, entry: Path) -> ClientData:

@@ -127,6 +127,7 @@ def choose_experts(client: Client) -> Choice:
         client.name,
         client.report,
         mixture=graft.mixture,
+        known=client.generic if client.selection.text == "generic" else None,
     )
 
 

@@ -28,7 +28,8 @@ def stored(module: nn.Module, name: str) -> Tensor:
 
 def part(module: nn.Module, name: str, index: int) -> Tensor:
     """Slice `index` of a fused parameter, plain and where the module computes: a view, unless it is quantised or offloaded."""
-    return plain(stored(module, name)[index].detach()).to(compute_device(module))
+    values = plain(stored(module, name)[index].detach())
+    return values.to(compute_device(module)) if _hooks(module) else values  # looking a device up takes longer than many an expert
 
 
 def is_offloaded(module: nn.Module) -> bool:

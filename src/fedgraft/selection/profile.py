@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from fedgraft.moe.load import Base
-from fedgraft.moe.routing import normalised, watching
-from fedgraft.moe.site import Routed, Site
+from fedgraft.moe.reading import reading
+from fedgraft.moe.routing import normalised
+from fedgraft.moe.site import Site
 
 GRAM_BYTES = 2 << 30
 """Most memory that the per-token Gram matrices of a profile may take."""
 CHUNK_BYTES = 1 << 28
-"""Most memory for the expert outputs that are held at once while Gram matrices are computed."""
+"""Most memory for the outputs of all experts that are held at once."""
+CHUNK_TOKENS = 1024
+"""Outputs are held only where so many tokens find room; matrix products of fewer are slow, and running the chosen experts again is not."""
 
 
 class Tokens(Protocol):
@@ -76,7 +79,10 @@ def measure(
 ) -> Profile:
     """Profile the first `tokens` real tokens of `batches` (all of them when there are fewer), row by row; padding does not count.
 
-    Every expert runs on every token: E/k times the routed forward's work, O(tokens of a batch x (I + H)) memory beside the sums.
+    Every expert runs on every token, once where `CHUNK_BYTES` hold what they give, else the chosen ones twice. In fp32 the routed output is
+    made of that, so that the pass costs a forward and E/k - 1 times its routed experts; in 16 bits they run by themselves as well, so that
+    later layers see what they see in use. Sums over H are taken in the model's precision, at least fp32, which is that of the summands;
+    sums over tokens in float64. Memory beside the sums is O(tokens of a batch x (I + H)) and at most `CHUNK_BYTES`.
 
     Args:
         base: the unmodified model, in eval mode.
@@ -91,7 +97,7 @@ def measure(
     assert not base.model.training, "calibration runs the model as it predicts: call eval() first"
     check_budget(base.sites, tokens, gram)
     meter = Meter(base, tokens, gram)
-    with torch.no_grad(), watching(base.sites, meter.see):
+    with torch.no_grad(), reading(base, meter.see):
         for part in parts(batches, tokens, base.device):
             meter.take(part)
             if part.tokens:
@@ -174,45 +180,56 @@ class Meter:
         self.real, self.before = part.real, part.before
         self.seen = max(self.seen, part.before + part.tokens)
 
-    def see(self, site: Site, routed: Routed) -> None:
-        """Add the real tokens of one layer's forward."""
-        real = self.real.to(routed.x.device)
-        x, index, weight = routed.x[real], routed.index[real], routed.weight[real].double()
-        rows = max(1, CHUNK_BYTES // (8 * site.num_experts * x.shape[1])) if self.gram else len(x)
-        for start in range(0, len(x), rows):
-            part = slice(start, start + rows)
-            self._add(site, self.before + start, x[part], index[part], weight[part])
+    def see(self, site: Site, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Add the real tokens of one layer's forward; returns the routed output [T, H], zeros at all others."""
+        real = self.real.to(x.device).nonzero().flatten()
+        routed = torch.zeros_like(x)
+        rows = CHUNK_BYTES // (x.element_size() * site.num_experts * x.shape[1])
+        held = self.gram or rows >= CHUNK_TOKENS
+        start = self.before
+        for part in real.split(max(1, rows) if held else max(1, len(real))):
+            routed[part] = self._add(site, start, x[part], index[part], weight[part].double(), held).to(x.dtype)
+            start += len(part)
+        return routed
 
-    def _add(self, site: Site, start: int, x: Tensor, index: Tensor, weight: Tensor) -> None:
-        """Add tokens `start`, `start` + 1, ... of the pass."""
-        layer, experts = self.slot[site.path], range(site.num_experts)
-        run = [self.base.family.expert(site, number) for number in experts]
-        stacked = torch.stack([expert(x) for expert in run], 1) if self.gram else None  # [T, E, H]
+    def _add(self, site: Site, start: int, x: Tensor, index: Tensor, weight: Tensor, held: bool) -> Tensor:
+        """Add tokens `start`, `start` + 1, ... of the pass, outputs `held` or not; returns R with the model's own weights."""
+        layer, experts, precise = self.slot[site.path], range(site.num_experts), torch.promote_types(x.dtype, torch.float32)
+        kept = x.new_empty(len(experts), *x.shape) if held else None  # [E, T, H]
 
         def output(number: int, rows: Tensor | slice) -> Tensor:
-            return (run[number](x[rows]) if stacked is None else stacked[rows, number]).double()
+            return (self.base.family.expert(site, number)(x[rows]) if kept is None else kept[number, rows]).to(precise)
 
-        full = _routed(x.shape, index, normalised(weight), output, experts)
-        if site.identity:
-            full += (normalised(weight) * (index >= site.num_experts)).sum(-1, keepdim=True) * x.double()
-        scale, full_sq = weight.sum(-1), full.square().sum(-1)  # raw R(x) = scale * normalised R(x)
-        square, dot = torch.empty(2, len(x), len(experts), dtype=torch.float64, device=x.device)
-        for number in experts:
-            out = output(number, slice(None))
-            square[:, number] = out.square().sum(-1)
-            dot[:, number] = (full * out).sum(-1)
         own = index.clamp(max=site.num_experts)  # whatever stands behind the experts is counted in a column that is dropped
         columns = torch.zeros(len(x), site.num_experts + 1, dtype=torch.float64, device=x.device)
         chosen, mass = columns.scatter(1, own, 1.0)[:, :-1], columns.scatter_add(1, own, weight)[:, :-1]
-        sums = (square, dot, scale[:, None] * dot, chosen, mass, mass * square.sqrt())
+        unit = normalised(weight)
+        if kept is None:
+            full = _routed(x, index, unit.to(precise), output, experts)
+        else:
+            full = x.new_zeros(x.shape, dtype=precise)
+            shares = columns.scatter_add(1, own, unit).to(precise)
+            for number in experts:
+                kept[number] = self.base.family.expert(site, number)(x)
+                full.addcmul_(output(number, slice(None)), shares[:, number, None])
+        if site.identity:
+            full += (unit * (index >= site.num_experts)).sum(-1, keepdim=True).to(precise) * x
+        norms, dots = torch.empty(2, len(experts), len(x), dtype=precise, device=x.device)
+        for number in experts:
+            out = output(number, slice(None))
+            norms[number], dots[number] = torch.linalg.vector_norm(out, dim=-1), torch.linalg.vecdot(full, out)
+        norm, dot = norms.T.double(), dots.T.double()
+        scale, full_sq = weight.sum(-1), full.norm(dim=-1).double().square()  # raw R(x) = scale * normalised R(x)
+        sums = (norm.square(), dot, scale[:, None] * dot, chosen, mass, mass * norm)
         self.per_expert[:, layer] += torch.stack([each.sum(0) for each in sums]).cpu()
         self.full[:, layer] += torch.stack((full_sq.sum(), (scale.square() * full_sq).sum())).cpu()
-        if stacked is not None:
+        if self.gram and kept is not None:
             tokens = slice(start, start + len(x))
-            outputs = stacked if stacked.dtype == torch.float64 else stacked.float()
+            outputs = kept.transpose(0, 1).to(precise)  # [T, E, H]
             self.token_scores[layer, tokens] = self.base.family.scores(site, x, index, weight).float().cpu()
             self.token_dot[layer, tokens] = dot.cpu()
             self.token_gram[layer, tokens] = (outputs @ outputs.mT).float().cpu()
+        return scale[:, None] * full
 
     def profile(self) -> Profile:
         """The sums so far."""
@@ -240,9 +257,9 @@ class Meter:
         )
 
 
-def _routed(shape: torch.Size, index: Tensor, weight: Tensor, output: Callable[[int, Tensor | slice], Tensor], experts: range) -> Tensor:
-    """R [T, H] in float64: the weighted outputs of the chosen experts `index` [T, k]."""
-    total = torch.zeros(shape, dtype=torch.float64, device=index.device)
+def _routed(x: Tensor, index: Tensor, weight: Tensor, output: Callable[[int, Tensor | slice], Tensor], experts: range) -> Tensor:
+    """R [T, H] in the precision of `weight` [T, k]: the weighted outputs of the chosen experts `index` [T, k]."""
+    total = x.new_zeros(x.shape, dtype=weight.dtype)
     for number in experts:
         token, place = torch.where(index == number)
         if len(token):

@@ -36,17 +36,25 @@ def select_experts(
     client: str,
     report: Callable[[int, int], None] = lambda done, total: None,
     mixture: int = 1,
+    known: list[Profile] | None = None,
 ) -> Choice:
     """Measure one profile on the unmodified model and choose `per_layer` experts in every layer; `report` hears (tokens seen, budget).
 
-    With a `mixture` above 1 so many are chosen, and the best of them stands for the mixture.
+    With a `mixture` above 1 so many are chosen, and the best of them stands for the mixture. Clients that calibrate on the same text give
+    the same list as `known`: the first one leaves its profile there, unless that is one by token, which is large.
 
     Raises:
         ValueError: unknown criterion, or more grafts than experts.
     """
     budget = settings.budget(base.device.type)
     gram = needs_gram(settings.criterion, max(per_layer, mixture))
-    profile = measure(base, batches, budget, gram=gram, progress=lambda seen: report(seen, budget))
+    if known and not gram:
+        profile = known[0]
+        report(profile.tokens, budget)
+    else:
+        profile = measure(base, batches, budget, gram=gram, progress=lambda seen: report(seen, budget))
+        if known is not None and not gram:
+            known.append(profile)
     return choice_by(profile, settings, per_layer, seed, client, mixture)
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from fedgraft.moe.layered import Layered
-from fedgraft.moe.routing import watching
-from fedgraft.moe.site import Routed, Site
+from fedgraft.moe.reading import reading
+from fedgraft.moe.site import Site
 from fedgraft.selection.profile import GRAM_BYTES, Meter, Part, Profile, Tokens, check_budget, parts
 
 COPIES = 3
@@ -58,11 +59,11 @@ def measure_streamed(
         meters[name].take(part)
         now[:] = [meters[name]]
 
-    def see(site: Site, routed: Routed) -> None:
+    def see(site: Site, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         fired[site.path] = fired.get(site.path, 0) + 1
-        now[0].see(site, routed)
+        return now[0].see(site, x, index, weight)
 
-    with _scratch(layered, [part for _, part in queue], scratch) as spill, watching(base.sites, see):
+    with _scratch(layered, [part for _, part in queue], scratch) as spill, reading(base, see):
         layered.in_step([(part.ids, part.mask) for _, part in queue], at, progress, spill)
     for path in (site.path for site in base.sites if queue and fired.get(site.path) != len(queue)):
         raise ValueError(f"{path}: ran {fired.get(path, 0)} times in {len(queue)} forwards, so what it does can't be measured")

@@ -12,12 +12,13 @@ from torch import Tensor
 from fedgraft import seeds
 from fedgraft.bundle import Bundle
 from fedgraft.data.batches import Batch, Row, by_length, collate, encode, round_rows
-from fedgraft.data.calibration import BATCH, generic_rows, in_batches, own_rows
+from fedgraft.data.calibration import generic_rows, in_batches, own_rows
 from fedgraft.data.example import Example
 from fedgraft.data.partition import ClientData
 from fedgraft.data.settings import DataSettings
 from fedgraft.grafts.graft import Experts, GraftedModel
 from fedgraft.grafts.side_expert import Mixture
+from fedgraft.selection.profile import Profile
 from fedgraft.selection.settings import SelectionSettings
 from fedgraft.training.fit import Fit, GradientHook, NotFiniteError, Passes, Penalty, RowGradients, alone, fit
 from fedgraft.training.settings import TrainingSettings
@@ -64,6 +65,8 @@ class Client:
     """Hears of training steps, calibration tokens and evaluated models."""
     passes: Passes = alone
     """How its forward and backward passes are run."""
+    generic: list[Profile] = field(default_factory=list)
+    """What generic text said about the experts, once a client of this process has calibrated on it; shared with the others."""
 
     @property
     def name(self) -> str:
@@ -121,12 +124,12 @@ class Client:
     def _per_step(self) -> int:
         return min(self.training.batch_size, self.examples)
 
-    def calibration(self, batch_size: int = BATCH) -> Iterator[Batch]:
-        """Batches for expert selection: its own prompt + response text in a random order of its own, or generic text (`selection.text`)."""
+    def calibration(self) -> Iterator[Batch]:
+        """Batches with the tokens that experts are chosen by: its own prompt + response text, or generic text (`selection.text`)."""
         base, length = self.model.base, self.data_settings.max_length
         own = self.selection.text == "own"
         rows = own_rows(self.data.train, self._row, self.seed, self.name) if own else generic_rows(base.tokenizer, length, self.seed)
-        for batch in in_batches(rows, base.pad_id, batch_size):
+        for batch in in_batches(rows, self.selection.budget(base.device.type), length, base.pad_id):
             yield batch.to(base.device)
 
     def fit(

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fedgraft.data.example import Example, check_split, fields_of, hashed_split, read_rows, text_of
+from fedgraft.data.example import SPLITS, Example, check_split, fields_of, hashed_split, read_rows, text_of
 
 METRIC = "rougeL"
 SAMPLE = Path(__file__).parents[2] / "assets" / "dolly_sample.jsonl.gz"
@@ -29,13 +29,18 @@ def load(split: str, path: str | None = None) -> list[Example]:
         ValueError: the split is unknown or the file is not Dolly; the message names file and line.
     """
     check_split(split)
+    return splits(path)[split]
+
+
+def splits(path: str | None = None) -> dict[str, list[Example]]:
+    """`load` for every split, in one reading."""
     file = SAMPLE if path is None else Path(path)
-    chosen: dict[tuple[str, str, str, str], Example] = {}
+    chosen: dict[str, dict[tuple[str, str, str, str], Example]] = {split: {} for split in SPLITS}
     for place, row in read_rows(file):
         example = _example(row, place)
-        if (row["split"] if path is None else _full_split(example)) == split:
-            chosen.setdefault((example.category, example.instruction, example.context, example.response), example)
-    return list(chosen.values())
+        rows = chosen[row["split"] if path is None else _full_split(example)]
+        rows.setdefault((example.category, example.instruction, example.context, example.response), example)
+    return {split: list(rows.values()) for split, rows in chosen.items()}
 
 
 def group(instruction: str, context: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedgraft.data.example import SUFFIXES, Example, check_split, fields_of, hashed_split, read_rows, text_of
+from fedgraft.data.example import SPLITS, Example, check_split, fields_of, hashed_split, read_rows, row_files, text_of
 from fedgraft.data.scoring import choices_of, is_exact
 
 METRIC = "rougeL"
@@ -40,26 +40,17 @@ def load(split: str, path: str | None = None) -> list[Example]:
         ValueError: there is nothing to read, or a row is not understood; the message names file and line.
     """
     check_split(split)
+    return splits(path)[split]
+
+
+def splits(path: str | None = None) -> dict[str, list[Example]]:
+    """`load` for every split, in one reading."""
     if path is None:
         raise ValueError("dataset 'jsonl' needs data.path: a .jsonl or .jsonl.gz file, or a folder of them")
-    return [example for file in files(Path(path)) for found, example in _read(file) if found == split]
-
-
-def files(path: Path) -> list[Path]:
-    """The file itself, or the JSON-lines files in a folder and its subfolders, sorted by name; hidden ones are skipped.
-
-    Raises:
-        ValueError: the path does not exist or the folder has no such file.
-    """
-    if not path.is_dir():
-        return [path]
-    found = sorted(
-        entry
-        for entry in path.rglob("*")
-        if entry.is_file() and entry.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in entry.relative_to(path).parts)
-    )
-    if not found:
-        raise ValueError(f"{path}: the folder holds no {' or '.join(SUFFIXES)} file")
+    found: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for file in row_files(Path(path)):
+        for split, example in _read(file):
+            found[split].append(example)
     return found
 
 
