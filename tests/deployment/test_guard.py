@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fedgraft
-from fedgraft import files, hosting
+from fedgraft import files
 from fedgraft.bundle import Bundle
 from fedgraft.data.example import Example
 from fedgraft.data.partition import ClientData
@@ -22,6 +22,7 @@ from fedgraft.engine.wire import Frame
 from fedgraft.evaluation import gather
 from fedgraft.methods.method import questions
 from fedgraft.recipe import load_recipe
+from fedgraft.transforms import chain
 from fedgraft.transforms.secure_aggregation.primitives import key_pair
 from fedgraft.transforms.secure_aggregation.settings import KEYS, SHARES, TRAIN
 from tests.deployment.sites import NAME, memories, recipe, site
@@ -287,7 +288,7 @@ def test_a_site_that_demands_masks_sends_nothing_else(opened, values, shared):
 
 def test_an_unmasked_reply_is_stopped_at_the_door(opened, values, shared, monkeypatch):
     """A bug in the installed fedgraft: the question forgets its masks."""
-    monkeypatch.setattr(hosting, "masked_questions", lambda settings, asked, weight, folder: asked)
+    monkeypatch.setattr(chain, "masked_questions", lambda settings, asked, *_: asked)
     guard = opened(secure_aggregation="required")
     response = answer(guard, train(values(**MASKED), shared=shared))
     assert "policy.secure_aggregation: the reply holds leaves under 'shared'" in response.facts["reason"]

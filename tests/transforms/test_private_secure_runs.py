@@ -148,12 +148,12 @@ def test_what_does_not_fit_is_refused_before_training(start):
 
 def test_a_run_stopped_in_the_middle_ends_with_the_same_bits(place, tmp_path, monkeypatch):
     """In round 2, when all secrets are drawn, here the same in both runs for the comparison. Noise comes again under new masks."""
-    monkeypatch.setattr("fedgraft.transforms.noise.secrets.token_bytes", lambda length: bytes(range(length)))
     recipe = place.recipe("fedavg", federation={"rounds": 2}, privacy={**SHARED, "secret": True}, secure_aggregation=SECURE)
-    whole = runner.run(recipe, out=tmp_path / "whole", progress=Quiet())
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(recipe, out=tmp_path / "stopped", progress=StopAt("training", 5))
-    monkeypatch.undo()
+    with monkeypatch.context() as same:
+        same.setattr("fedgraft.transforms.noise.secrets.token_bytes", lambda length: bytes(range(length)))
+        whole = runner.run(recipe, out=tmp_path / "whole", progress=Quiet())
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(recipe, out=tmp_path / "stopped", progress=StopAt("training", 5))
     runner.resume(tmp_path / "stopped", progress=Quiet())
     assert (tmp_path / "stopped" / "digest.txt").read_text() == (whole.folder / "digest.txt").read_text()
 
