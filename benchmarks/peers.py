@@ -22,8 +22,9 @@ from typing import Any
 import results
 from peer_turns import BUILD, PACKAGES, SCRIPTS, PeerError, Turn, command, flattened, one_run, python_of, version_of
 
-TOLERANCE = 1e-4
-"""How far a client's loss may be from the plain loop's, relative."""
+TOLERANCE, LATER = 1e-4, 5e-3
+"""How far a client's loss may be from the plain loop's, relative: in the first two rounds, and later, when a token near a tie may have been
+routed otherwise."""
 
 
 @dataclass
@@ -59,8 +60,9 @@ class Race:
         expected = self.turns["plain"][0].losses
         for name in self.left():
             for turn in self.turns[name]:
-                worst = max(abs(turn.losses.get(key, 0.0) / loss - 1) for key, loss in expected.items())
-                if worst > TOLERANCE and name not in self.failed:
+                off = {key: abs(turn.losses.get(key, 0.0) / loss - 1) for key, loss in expected.items()}
+                worst = max(off.values())
+                if any(value > (TOLERANCE if number < 2 else LATER) for (number, _), value in off.items()) and name not in self.failed:
                     self._fail(name, f"a client's loss is off the plain loop's by {worst:.1e}, so it did other work")
 
     def _fail(self, name: str, reason: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -83,7 +84,6 @@ def weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Updat
 
     def run(updates: Iterable[Update]) -> Tree:
         mean: Tree = {}
-        room = torch.empty(2, PIECE, dtype=torch.float64)
         total: dict[str, float] = {}
         first: dict[str, str] = {}
         for update in updates:
@@ -91,30 +91,28 @@ def weighted_mean(weight: Callable[[Update], float]) -> Callable[[Iterable[Updat
             new, old = (delta.new, delta.old) if isinstance(delta, Difference) else (delta, None)
             for key, leaf in new.items():
                 if key not in mean:
-                    mean[key], total[key], first[key] = _started(delta[key]), share, update.client
+                    mean[key], total[key], first[key] = (
+                        delta[key].to(torch.float64, memory_format=torch.contiguous_format, copy=True),
+                        share,
+                        update.client,
+                    )
                     continue
                 check_shapes(key, first[key], mean[key], update.client, leaf)
                 total[key] += share
-                _approach(mean[key], leaf, None if old is None else old[key], share / total[key], room)
+                _approach(mean[key], leaf, None if old is None else old[key], share / total[key])
         return mean
 
     return run
 
 
-def _started(leaf: Tensor) -> Tensor:
-    return leaf.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-
-
-def _approach(mean: Tensor, new: Tensor, old: Tensor | None, share: float, room: Tensor) -> None:
-    """mean += (new - old - mean) * share, piece by piece, so that what lies between, in `room`, stays in the processor's cache."""
-    whole = mean.view(-1)
-    pieces = [leaf.reshape(-1).split(PIECE) for leaf in (whole, new) + (() if old is None else (old,))]
-    for here, there, *before in zip(*pieces, strict=True):
-        change, other = room[:, : len(here)]
-        change.copy_(there)
-        for leaf in before:
-            change.sub_(other.copy_(leaf))
-        here.lerp_(change, share)
+def _approach(mean: Tensor, new: Tensor, old: Tensor | None, share: float) -> None:
+    """mean += (new - old - mean) * share, a large leaf piece by piece, so that what lies between stays in the processor's cache."""
+    if mean.numel() <= PIECE:
+        mean.lerp_(new.double() if old is None else new.double() - old, share)
+        return
+    befores = repeat(None) if old is None else old.reshape(-1).split(PIECE)
+    for here, there, before in zip(mean.view(-1).split(PIECE), new.reshape(-1).split(PIECE), befores, strict=False):
+        _approach(here, there, before, share)
 
 
 by_examples = Merge(run=weighted_mean(lambda update: float(update.examples)), weight=lambda examples: examples)
