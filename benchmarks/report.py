@@ -30,8 +30,8 @@ allocator that keeps freed memory.""",
         ("peer_plain", "peer_fedgraft", "peer_trainer", "peer_trl", "peer_flower", "peer_nvflare"),
         """FedAvg of LoRA (rank 8, attention) on a tiny random Mixtral: 4 layers, 8 experts of which 2 are used, 5 million parameters;
 4 clients x 4 steps x batch 4, rows of at most 128 tokens, one thread. All start from the same adapters and train on the same batches in the
-same order; each client's loss must be the plain loop's to 1 in 10,000 in the first two rounds and to 5 in 1,000 later, when rounding may have
-routed a token otherwise. `peer_plain` is a loop in PyTorch and PEFT, with the
+same order; each client's loss must be the plain loop's to 1 in 10,000 in the first two rounds and to 5 in 1,000
+later, when rounding may have routed a token otherwise. `peer_plain` is a loop in PyTorch and PEFT, with the
 adapters averaged in memory; `peer_trainer` and `peer_trl` make a `Trainer` and an `SFTTrainer` for each client and round in such a loop;
 `peer_flower` and `peer_nvflare` are these frameworks' simulations and FedAvg around the plain loop's steps; `peer_fedgraft` is a run with
 all that belongs to it (memories on disk, record, commit). Rows are tokens before the clock starts, but for fedgraft, which tokenises;
