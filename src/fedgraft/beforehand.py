@@ -75,16 +75,19 @@ def choose_beforehand(
         for note in base.notes:
             heard.warn(note)
         stand.phase = "selection"
+        first = next(iter(clients))
+        measured = clients if settings.text == "own" else {first: clients[first]}  # generic text is the same for all
         profiles = measure_streamed(
             layered,
-            {name: calibration(data, recipe, base) for name, data in clients.items()},
+            {name: calibration(data, recipe, base) for name, data in measured.items()},
             settings.budget(base.device.type),
             gram=needs_gram(settings.criterion, max(graft.per_layer, graft.mixture)),
             progress=partial(_passed, heard),
             scratch=path.parent,
         )
         choices = {
-            name: choice_by(profile, settings, graft.per_layer, recipe.seed, name, graft.mixture) for name, profile in profiles.items()
+            name: choice_by(profiles.get(name, profiles[first]), settings, graft.per_layer, recipe.seed, name, graft.mixture)
+            for name in clients
         }
         about = {"base": recipe.model.name, "base_digest": base.digest, "criterion": settings.criterion, "text": settings.text}
         write_choices(path, {**about, "dtype": recipe.model.dtype}, choices, clients)

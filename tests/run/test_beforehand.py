@@ -14,6 +14,7 @@ from fedgraft.engine.wire import Frame
 from fedgraft.hosting import Host
 from fedgraft.report.record import Record, read_document
 from fedgraft.runner import run
+from fedgraft.selection.streamed import measure_streamed
 from tests.run.world import World
 
 
@@ -48,6 +49,23 @@ def test_several_grafts_and_mixtures_pass_through_the_file(world: World, tmp_pat
         path = choose_beforehand(recipe, out=tmp_path / f"{number}.json").path
         read = run(with_file(world, path, graft=graft, federation={"rounds": 1}), out=tmp_path / f"read-{number}")
         assert read.digest == run(recipe, out=tmp_path / f"own-{number}").digest
+
+
+def test_generic_text_is_measured_once_for_all_clients(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def counting(layered: Any, clients: Any, *rest: Any, **options: Any) -> Any:
+        measured.append(len(clients))
+        return measure_streamed(layered, clients, *rest, **options)
+
+    monkeypatch.setattr("fedgraft.beforehand.measure_streamed", counting)
+    recipe = world.recipe(selection={"text": "generic", "tokens": 64}, federation={"rounds": 1})
+    found = choose_beforehand(recipe, out=tmp_path / "choices.json")
+    assert measured == [1]
+    assert len(found.choices) > 1
+    assert run(with_file(world, found.path, selection=recipe["selection"], federation={"rounds": 1}), out=tmp_path / "read").digest == (
+        run(recipe, out=tmp_path / "own").digest
+    )
 
 
 @pytest.mark.parametrize(

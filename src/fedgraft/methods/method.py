@@ -127,7 +127,7 @@ def choose_experts(client: Client) -> Choice:
         client.name,
         client.report,
         mixture=graft.mixture,
-        known=client.generic if client.selection.text == "generic" else None,
+        known=client.generic if settings.text == "generic" else None,
     )
 
 
